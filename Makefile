@@ -1,0 +1,38 @@
+# `make demo` shows the main job end to end; `make test` runs the tests. Both set themselves up.
+PYTHON ?= python3
+BIN := .venv/bin
+unexport PYTHONDONTWRITEBYTECODE    # compiled modules start in half the time
+
+.PHONY: help helm demo test test-demo lint clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo "make demo       train a small model, evaluate every checkpoint with HELM, and show the report"
+	@echo "make test       lint, types and tests"
+	@echo "make test-demo  the demo as an acceptance test"
+	@echo "make clean      remove what the targets made here"
+
+.venv/.ready: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --upgrade pip
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	@touch $@
+
+helm: .venv/.ready
+	$(BIN)/autoeval-runner env create helm
+
+demo: helm
+	$(BIN)/python examples/demo.py
+
+lint: .venv/.ready
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+test: lint helm
+	$(BIN)/python -m pytest -m "not slow"
+
+test-demo: helm
+	$(BIN)/python -m pytest -m slow tests/acceptance
+
+clean:
+	rm -rf .venv demo_output .mypy_cache .ruff_cache .pytest_cache .hypothesis

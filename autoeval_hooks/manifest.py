@@ -1,0 +1,170 @@
+"""The manifest: which files a checkpoint has, what is in them, and where in training it was saved.
+
+A digest is taken without reading terabytes: a file up to `WHOLE` bytes is hashed in full, a larger one
+by its size, its two ends and evenly spaced blocks between. A training step moves nearly every weight,
+so two checkpoints differ in nearly every block; size and modification time are compared beside it.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import hashlib
+import json
+import os
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+
+from autoeval_hooks.errors import CheckpointError
+from autoeval_hooks.fsio import hostname
+from autoeval_hooks.run_identity import RunIdentity
+
+VERSION = 1
+WHOLE = 16 << 20
+END = 1 << 20
+BLOCK = 64 << 10
+BLOCKS = 64
+
+WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model*.bin")
+TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "*.tiktoken")
+NOT_MODEL = (
+    "optimizer*", "scheduler*", "scaler*", "rng_state*", "random_states*", "training_args.bin",
+    "trainer_state.json", "global_step*", "zero_to_fp32.py", "latest", "*.incomplete", ".*",
+)  # fmt: skip
+"""What resuming needs and evaluating does not. It is neither pinned nor digested: another rank may still write it."""
+
+INCOMPLETE = "checkpoint-is-incomplete.txt"
+"""transformers leaves this file in a checkpoint that it was killed in (just-in-time checkpoints)."""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """One file: path relative to the checkpoint, bytes, modification time in ns, and digest (hex)."""
+
+    path: str
+    size: int
+    mtime_ns: int
+    digest: str
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The record of one checkpoint.
+
+    `path` is the directory as the training host names it, `step` the optimizer step, `samples` and
+    `tokens` what training had consumed (None: unknown). `weights_digest` covers the weight files alone,
+    `digest` every file, the step and the run: it identifies the checkpoint. `saved_at` is in seconds
+    since the epoch by the training host's clock, for people to read.
+    """
+
+    version: int
+    path: str
+    kind: str
+    step: int
+    samples: int | None
+    tokens: int | None
+    files: tuple[FileRecord, ...]
+    weights_digest: str
+    digest: str
+    run: RunIdentity
+    tokenizer: str
+    host: str
+    saved_at: float
+
+    @property
+    def has_tokenizer(self) -> bool:
+        return any(_matches(f.path, TOKENIZER) for f in self.files)
+
+    @property
+    def pickled(self) -> tuple[str, ...]:
+        """Weight files that are pickles: loading one can run code."""
+        return tuple(f.path for f in self.files if _matches(f.path, WEIGHTS) and not f.path.endswith(".safetensors"))
+
+
+def build(
+    directory: str, *, path: str, step: int, run: RunIdentity, samples: int | None = None,
+    tokens: int | None = None, tokenizer: str = "", saved_at: float | None = None,
+) -> Manifest:  # fmt: skip
+    """The manifest of the Hugging Face checkpoint at `path`, read from `directory`: its pin, or itself.
+
+    Raises CheckpointError where there are no weights or the checkpoint is not complete.
+    """
+    names = model_files(directory)
+    if not any(_matches(n, WEIGHTS) for n in names):
+        raise CheckpointError(
+            f"{path}: no weights (*.safetensors or pytorch_model*.bin); a sharded FSDP or ZeRO-3 save holds none: "
+            "save a full state dict (FSDP: SHARDED_STATE_DICT → FULL_STATE_DICT; ZeRO-3: "
+            "stage3_gather_16bit_weights_on_model_save), or submit a converted copy: `python -m autoeval_hooks submit`"
+        )
+    files = tuple(record(directory, name) for name in names)
+    weights = _hash([f.path, f.size, f.digest] for f in files if _matches(f.path, WEIGHTS))
+    draft = Manifest(
+        version=VERSION, path=path, kind="huggingface", step=step, samples=samples, tokens=tokens, files=files,
+        weights_digest=weights, digest="", run=run, tokenizer=tokenizer, host=hostname(),
+        saved_at=time.time() if saved_at is None else saved_at,
+    )  # fmt: skip
+    return replace(draft, digest=digest_of(draft))
+
+
+def digest_of(manifest: Manifest) -> str:
+    """The checkpoint's identity: its run, its step and its content. The path and the times are no part of it."""
+    content: list[list[object]] = [[f.path, f.size, f.digest] for f in manifest.files]
+    return _hash([["run", manifest.run.id], ["step", manifest.step], *content])
+
+
+def model_files(directory: str) -> list[str]:
+    """The files that evaluating needs, sorted; sub-directories are not part of a Hugging Face checkpoint's model."""
+    try:
+        names = sorted(os.listdir(directory))
+    except OSError as error:
+        raise CheckpointError(f"{directory}: cannot be listed ({error.strerror}); was it deleted?") from error
+    if INCOMPLETE in names:
+        raise CheckpointError(f"{directory}: {INCOMPLETE} says that its save was cut off")
+    return [n for n in names if not _matches(n, NOT_MODEL) and os.path.isfile(os.path.join(directory, n))]
+
+
+def record(directory: str, name: str) -> FileRecord:
+    """Size, time and digest of one file. Raises CheckpointError when it changes or vanishes meanwhile."""
+    full = os.path.join(directory, name)
+    try:
+        with open(full, "rb", buffering=0) as file:
+            before = os.fstat(file.fileno())
+            digest = _digest(file.fileno(), before.st_size)
+            after = os.fstat(file.fileno())
+    except OSError as error:
+        raise CheckpointError(f"{full}: cannot be read ({error.strerror})") from error
+    if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
+        raise CheckpointError(f"{full}: changed while it was read")
+    return FileRecord(name, before.st_size, before.st_mtime_ns, digest)
+
+
+def to_json(manifest: Manifest) -> dict[str, object]:
+    return asdict(manifest)
+
+
+def _digest(fd: int, size: int) -> str:
+    hasher = hashlib.sha256(str(size).encode())
+    for offset, length in _spans(size):
+        while length:
+            data = os.pread(fd, min(length, 1 << 20), offset)
+            if not data:
+                break
+            hasher.update(data)
+            offset, length = offset + len(data), length - len(data)
+    return hasher.hexdigest()
+
+
+def _spans(size: int) -> list[tuple[int, int]]:
+    """(offset, length) of what is hashed."""
+    if size <= WHOLE:
+        return [(0, size)]
+    stride = (size - 2 * END) // BLOCKS
+    return [(0, END), *((END + i * stride, BLOCK) for i in range(BLOCKS)), (size - END, END)]
+
+
+def _hash(rows: Iterable[list[object]]) -> str:
+    return hashlib.sha256(json.dumps(list(rows), separators=(",", ":")).encode()).hexdigest()
+
+
+def _matches(name: str, patterns: tuple[str, ...]) -> bool:
+    return any(fnmatch.fnmatchcase(name, p) for p in patterns)

@@ -1,0 +1,129 @@
+"""Pins: our own links to a checkpoint's model files, so that they outlive the trainer's retention.
+
+A pin is made in a directory of its own beside the checkpoints, `<output_dir>/.autoeval/pins/<ticket>/`:
+nothing is written inside a checkpoint (rotation sorts by the directory's time), and no name matches
+`checkpoint-*`. Small files are copied; large ones are cloned (reflink) or linked. A link shares the
+file's content: where a trainer rewrites a file in place, as `torch.save` does, the pin changes with it,
+which verification against the manifest finds.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Callable
+
+from autoeval_hooks import fsio, manifest, ticket
+from autoeval_hooks.errors import CheckpointError
+
+_FICLONE = 0x40049409
+"""ioctl of linux/fs.h: share the extents of another file."""
+_NAME = re.compile(r"[0-9a-f]{64}|\.new-[A-Za-z0-9-]+")
+_CANNOT = fsio.NO_LINKS | {errno.EINVAL, errno.ENOTTY}
+"""What a way of pinning answers where it cannot be done; then the next way is tried."""
+
+
+def pins_dir(checkpoint: str) -> str:
+    """The directory of pins that belongs to a checkpoint's output directory."""
+    return os.path.join(os.path.dirname(checkpoint), ticket.PINS)
+
+
+def count(checkpoint: str) -> int:
+    """How many pins the output directory of a checkpoint holds."""
+    try:
+        return len(os.listdir(pins_dir(checkpoint)))
+    except FileNotFoundError:
+        return 0
+
+
+def make(source: str, pins: str, way: str) -> str:
+    """Pin the model files of the directory `source` under a passing name in `pins`; `adopt` gives the final one.
+
+    `way` is ``auto``, ``reflink``, ``hardlink`` or ``copy``. Raises CheckpointError when the source
+    vanishes, PinImpossible when the file system can do none of it, OSError when it fails.
+    """
+    os.makedirs(pins, exist_ok=True)
+    target = os.path.join(pins, f".new-{fsio.unique()}")
+    os.mkdir(target)
+    try:
+        for name in manifest.model_files(source):
+            _pin_file(os.path.join(source, name), os.path.join(target, name), way)
+    except FileNotFoundError as error:
+        release(target)
+        raise CheckpointError(f"{source}: deleted before it could be pinned") from error
+    except BaseException:
+        release(target)
+        raise
+    return target
+
+
+def adopt(passing: str, ticket_id: str) -> str:
+    """Give a pin its ticket's name. A pin of that name is complete and of the same content: then it is kept."""
+    final = os.path.join(os.path.dirname(passing), ticket_id)
+    try:
+        os.rename(passing, final)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        release(passing)
+    fsio.FileOps().sync_dir(os.path.dirname(final))
+    return final
+
+
+def release(pin: str) -> None:
+    """Delete a pin, and only a pin: a directory, not a link, with a pin's name under `.autoeval/pins`.
+
+    One that is gone already is as good. Raises CheckpointError for any other path.
+    """
+    real = os.path.realpath(pin)
+    inside = os.path.dirname(real).endswith(os.path.join(os.sep, ticket.PINS))
+    if not inside or not _NAME.fullmatch(os.path.basename(real)) or os.path.islink(pin):
+        raise CheckpointError(f"{pin}: not a pin; not deleted")
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(real)
+
+
+class PinImpossible(CheckpointError):
+    """The file system offers none of the ways to pin that were allowed."""
+
+
+def _pin_file(src: str, dst: str, way: str) -> None:
+    small = os.stat(src).st_size <= manifest.WHOLE
+    ways = (_copy,) if small else _WAYS[way]
+    for attempt in ways:
+        try:
+            return attempt(src, dst)
+        except OSError as error:
+            if error.errno not in _CANNOT:
+                raise
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(dst)
+            reason = error.strerror
+    raise PinImpossible(f"{src}: cannot be pinned here by {way} ({reason})")
+
+
+def _reflink(src: str, dst: str) -> None:
+    with open(src, "rb") as reader, open(dst, "xb") as writer:
+        fcntl.ioctl(writer.fileno(), _FICLONE, reader.fileno())
+    shutil.copystat(src, dst)
+
+
+def _hardlink(src: str, dst: str) -> None:
+    os.link(src, dst, follow_symlinks=True)
+
+
+def _copy(src: str, dst: str) -> None:
+    shutil.copyfile(src, dst)
+    shutil.copystat(src, dst)
+
+
+_WAYS: dict[str, tuple[Callable[[str, str], None], ...]] = {
+    "auto": (_reflink, _hardlink),
+    "reflink": (_reflink,),
+    "hardlink": (_hardlink,),
+    "copy": (_copy,),
+}

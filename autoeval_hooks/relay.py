@@ -1,0 +1,301 @@
+"""Scores come back: the training process's own W&B writer logs them into the run that is open in it.
+
+A second W&B writer beside a live one overwrites its rows, so the runner leaves each result as a file
+(relay_files) and this process logs it.
+
+The right to log is a lease: the hook logs only while its last heartbeat is younger than `LEASE_S`
+(`ENDED_LEASE_S` after the end) on its own clock; the runner acts on its own only after it saw the heartbeat
+unchanged for much longer (`STALE_S`, `ENDED_STALE_S`) on its own. No two hosts' clocks are compared.
+
+Delivery to W&B is at least once. A point moves to `logged/` only `GRACE_S` after its row was complete (or when
+the W&B run was finished), which is longer than W&B takes to write or send a row. Whoever logs what is still in
+`points/` after the training process is gone first looks whether the row is there. What remains: the training
+process is suspended (SIGSTOP) beyond `STALE_S` and comes back, or its machine dies more than `GRACE_S` after
+the row while W&B could not send (such a point can be logged again from `results/`).
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import threading
+import uuid
+from collections import deque
+from typing import Any
+
+from autoeval_hooks import fsio
+from autoeval_hooks.delivery import log, never_raise
+from autoeval_hooks.errors import TicketError
+from autoeval_hooks.relay_files import (
+    AXIS,
+    ENDED_LEASE_S,
+    LEASE_S,
+    TOKENS_AXIS,
+    VERSION,
+    Announcement,
+    Ended,
+    Point,
+    clock,
+    encode,
+    read_point,
+    set_aside,
+    waiting,
+)
+from autoeval_hooks.run_identity import RunIdentity, wandb_run
+
+POLL_S = 1.0
+BEAT_S = 2.0
+GRACE_S = 40.0
+"""W&B writes its log and sends rows every 15 s; twice that, and a little for a slow network."""
+RELIST_S = 60.0
+"""`points/` is listed again after this time even where its change time says that nothing came."""
+END_WAIT_S = 5.0
+"""How long the end of training waits for the last points and the marker."""
+
+_active: dict[str, Relay] = {}
+_active_lock = threading.Lock()
+
+
+class Relay:
+    """Brings the points of one run into the W&B run that is open in this process.
+
+    A framework's adapter calls `start` once W&B is up, `on_log` after each row that the trainer logged,
+    and `end` when training ended, whether or not its last step was reached. None of them raises, and the
+    training thread touches no file. `identity.wandb_id` says which W&B run is ours: with no such run open
+    in this process nothing is done.
+    """
+
+    def __init__(
+        self, directory: str, identity: RunIdentity, *, logs_by_step: bool, planned_last_step: int | None
+    ) -> None:
+        self._dir = directory
+        self._logs_by_step = logs_by_step
+        self._planned = planned_last_step
+        self._incarnation = uuid.uuid4().hex
+        self._announcement = Announcement(VERSION, identity, self._incarnation, logs_by_step, planned_last_step)
+        self._run: Any = None
+        self._pid = 0
+        self._lock = threading.Lock()  # held while logging, never while a file is touched
+        self._ready: deque[Point] = deque()
+        self._open: Point | None = None
+        self._complete: list[tuple[float, str]] = []
+        self._known: set[str] = set()
+        self._defined: set[str] = set()
+        self._stopped = False
+        self._ended: Ended | None = None
+        self._marked = False
+        self._leaving = False
+        self._wake = threading.Event()
+        self._done = threading.Event()
+        self._heartbeat = -1
+        self._beats = 0
+        self._beat_at = 0.0
+        self._gate = (0, 0.0)
+        self._said: set[str] = set()
+
+    @never_raise
+    def start(self) -> None:
+        """Begin in the background; the W&B run must be open. A relay of an earlier training of the same W&B run in
+        this process hands over to this one."""
+        run = wandb_run()
+        if run is None or run.id != self._announcement.run.wandb_id or self._run is not None:
+            return
+        self._run, self._pid = run, os.getpid()
+        with _active_lock:
+            before, _active[self._dir] = _active.get(self._dir), self
+        if before is not None:
+            self._take_over(before)
+        atexit.register(self._at_exit)
+        threading.Thread(target=self._loop, name="autoeval-relay", daemon=True).start()
+
+    @never_raise
+    def on_log(self) -> None:
+        """Training thread, after a row of the trainer's. What joined the row before is now complete; at most
+        one point joins the row that is open (for a trainer that logs by step) or comes next."""
+        if self._run is None or os.getpid() != self._pid or not self._lock.acquire(blocking=False):
+            return
+        try:
+            if self._open is not None:
+                self._complete.append((clock(), self._open.ticket))
+                self._open = None
+            if self._ready and self._ended is None and self._may_log():
+                self._run.log(self._ready[0].row(), commit=False)
+                self._open = self._ready.popleft()
+        finally:
+            self._lock.release()
+
+    @never_raise
+    def end(self, last_step: int) -> None:
+        """Training ended. Waits a little for the last points and the marker. The heartbeat goes on, and late points
+        are still logged while the W&B run is open, unless the trainer logs by step: its next step must stay free."""
+        if self._run is None:
+            return
+        complete = self._planned is not None and last_step >= self._planned
+        self._ended = Ended(VERSION, self._incarnation, last_step, complete)
+        self._wake.set()
+        self._done.wait(END_WAIT_S)
+
+    # ---------------------------------------------------------------- memory only
+
+    def _may_log(self) -> bool:
+        lease = LEASE_S if self._ended is None else ENDED_LEASE_S
+        return not self._stopped and wandb_run() is self._run and clock() - self._beat_at < lease
+
+    def _take_over(self, before: Relay) -> None:
+        with before._lock:
+            before._stopped = True
+            self._open, before._open = before._open, None
+            self._complete, before._complete = before._complete, []
+        self._known = {ticket for _, ticket in self._complete}
+        if self._open is not None:
+            self._known.add(self._open.ticket)
+
+    def _at_exit(self) -> None:
+        """The interpreter ends, and W&B's own exit hook will complete the open row and send everything."""
+        if os.getpid() == self._pid and not self._stopped:
+            self._done.clear()
+            self._leaving = True
+            self._wake.set()
+            self._done.wait(END_WAIT_S)
+
+    # ---------------------------------------------------------------- the background thread
+
+    def _loop(self) -> None:
+        while not self._stopped:
+            over = wandb_run() is not self._run
+            try:
+                self._turn(over)
+            except Exception as error:
+                self._say(f"{self._dir}: {error}")
+            if over:
+                break
+            self._wake.wait(POLL_S)
+            self._wake.clear()
+        self._stopped = True
+        self._done.set()
+        atexit.unregister(self._at_exit)
+        with _active_lock:
+            if _active.get(self._dir) is self:
+                del _active[self._dir]
+        if self._heartbeat >= 0:
+            os.close(self._heartbeat)
+
+    def _turn(self, over: bool) -> None:
+        if over:  # the W&B run was finished: all that was logged into it has been sent
+            self._settle(0.0, with_open=True)
+            return
+        ending, leaving = self._ended, self._leaving
+        self._beat()
+        self._load()
+        if ending is not None:
+            if not self._logs_by_step:
+                self._log_rows()
+            if not self._marked:
+                fsio.replace(os.path.join(self._dir, "ended.json"), encode(ending))
+                self._marked = True
+        self._settle(0.0 if leaving else GRACE_S, with_open=leaving)
+        if ending is not None or leaving:
+            self._done.set()
+
+    def _beat(self) -> None:
+        now = clock()
+        if self._heartbeat < 0:
+            self._announce()
+        elif now - self._beat_at < BEAT_S * 0.9:
+            return
+        elif os.fstat(self._heartbeat).st_nlink == 0:
+            self._stopped = True
+            self._say(f"{self._dir}: another process trains this W&B run now; scores go to that one")
+            return
+        self._beats += 1
+        os.pwrite(self._heartbeat, f"{self._incarnation} {self._beats:020d}\n".encode(), 0)
+        os.fsync(self._heartbeat)
+        lease = LEASE_S if self._ended is None else ENDED_LEASE_S
+        if clock() - self._beat_at >= lease:
+            with self._lock:  # somebody else may have logged them meanwhile: look at the files again
+                self._known -= {point.ticket for point in self._ready}
+                self._ready.clear()
+                self._gate = (0, 0.0)
+        self._beat_at = now
+
+    def _announce(self) -> None:
+        for name in ("", "points", "taken", "logged"):
+            os.makedirs(os.path.join(self._dir, name), exist_ok=True)
+        path = os.path.join(self._dir, "heartbeat")
+        fsio.replace(path, f"{self._incarnation} {0:020d}\n".encode())
+        fsio.replace(os.path.join(self._dir, "run.json"), encode(self._announcement))
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(os.path.join(self._dir, "closed"))  # it goes on after all
+        self._heartbeat = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+
+    def _load(self) -> None:
+        """Bring new points into memory, their metrics defined: neither a file nor a definition costs training."""
+        changed, now = fsio.gate(os.path.join(self._dir, "points")), clock()
+        seen, listed_at = self._gate
+        # Within 2 s of a listing, a coarse change time may not tell a later change.
+        if changed == seen and 2.0 < now - listed_at < RELIST_S:
+            return
+        found = []
+        for name in waiting(self._dir):
+            if name.removesuffix(".json") in self._known:
+                continue
+            try:
+                found.append(read_point(self._dir, name))
+            except FileNotFoundError:
+                continue
+            except OSError as error:  # it may be readable later, and must not hold up the others
+                self._say(f"{self._dir}: {name} cannot be read now: {error}")
+            except TicketError as error:
+                self._say(f"refused a point in {self._dir}: {error}")
+                with contextlib.suppress(OSError):
+                    set_aside(self._dir, name, str(error))
+        for point in sorted(found, key=lambda p: (p.step, p.ticket)):
+            define(self._run, point.metrics, self._defined)
+            with self._lock:
+                self._known.add(point.ticket)
+                self._ready.append(point)
+        if changed != seen or now - listed_at >= RELIST_S:
+            self._gate = (changed, now)
+
+    def _log_rows(self) -> None:
+        """After the end: each point a row of its own."""
+        while self._ready:
+            with self._lock:
+                if not self._ready or not self._may_log():
+                    return
+                if self._open is not None:
+                    self._run.log({}, commit=True)
+                    self._complete.append((clock(), self._open.ticket))
+                    self._open = None
+                self._run.log(self._ready[0].row(), commit=True)
+                self._complete.append((clock(), self._ready.popleft().ticket))
+
+    def _settle(self, age: float, *, with_open: bool) -> None:
+        """Move what was complete for `age` seconds to `logged/`."""
+        with self._lock:
+            if with_open and self._open is not None:
+                self._complete.append((0.0, self._open.ticket))
+                self._open = None
+            old = [item for item in self._complete if clock() - item[0] >= age]
+        for item in old:
+            name = f"{item[1]}.json"
+            with contextlib.suppress(FileNotFoundError):  # taken by somebody who thought us dead
+                os.rename(os.path.join(self._dir, "points", name), os.path.join(self._dir, "logged", name))
+            with self._lock:
+                if item in self._complete:
+                    self._complete.remove(item)
+                    self._known.discard(item[1])
+
+    def _say(self, text: str) -> None:
+        if text not in self._said and len(self._said) < 100:
+            self._said.add(text)
+            log.warning("autoeval: relay: %s", text)
+
+
+def define(run: Any, metrics: dict[str, float], defined: set[str]) -> None:
+    """Give each metric its axis, by its exact name (a pattern's order against the trainer's own is not defined)."""
+    for name in (AXIS, TOKENS_AXIS, *metrics):
+        if name not in defined:
+            run.define_metric(name, step_metric=None if name == AXIS else AXIS)
+            defined.add(name)

@@ -1,0 +1,100 @@
+"""A ticket: one (checkpoint, suite) to evaluate, as data. Whoever reads one trusts nothing in it."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from dataclasses import asdict, dataclass
+
+from autoeval_hooks import manifest as manifests
+from autoeval_hooks import strict
+from autoeval_hooks.errors import TicketError
+from autoeval_hooks.manifest import Manifest
+
+VERSION = 1
+MAX_BYTES = 8 << 20
+PINS = os.path.join(".autoeval", "pins")
+_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """`id` is `ticket_id(manifest.digest, suite_digest)`; `pin` is the directory of our links to the
+    checkpoint's files ("" when there is none: the checkpoint itself is evaluated while it lives)."""
+
+    version: int
+    id: str
+    suite: str
+    suite_digest: str
+    priority: int
+    manifest: Manifest
+    pin: str
+
+
+def ticket_id(checkpoint_digest: str, suite_digest: str) -> str:
+    """The key of the ticket and of its result."""
+    return hashlib.sha256(f"{checkpoint_digest} {suite_digest}".encode()).hexdigest()
+
+
+def new(manifest: Manifest, suite: str, suite_digest: str, priority: int, pin: str = "") -> Ticket:
+    return Ticket(VERSION, ticket_id(manifest.digest, suite_digest), suite, suite_digest, priority, manifest, pin)
+
+
+def dump(ticket: Ticket) -> bytes:
+    return json.dumps(asdict(ticket), allow_nan=False, separators=(",", ":")).encode()
+
+
+def load(text: bytes, where: str) -> Ticket:
+    """The ticket in `text`. Raises TicketError for anything that this version would not have written."""
+    errors: list[str] = []
+    ticket = strict.parse(Ticket, text, where, errors, max_bytes=MAX_BYTES)
+    if ticket is None:
+        newer = _version(text)
+        if newer is not None and newer > VERSION:
+            raise TicketError(f"{where}: ticket version {newer} was written by a newer autoeval; upgrade this runner")
+        raise TicketError("; ".join(errors[:5]))
+    if problem := _problem(ticket):
+        raise TicketError(f"{where}: {problem}")
+    return ticket
+
+
+def _version(text: bytes) -> int | None:
+    """The version that a ticket claims to have, if it can be made out."""
+    found = re.match(rb'\{"version":\s*(\d{1,9})\b', text)
+    return int(found[1]) if found else None
+
+
+def _problem(ticket: Ticket) -> str:
+    """What is wrong with a well-formed ticket, or ""."""
+    m = ticket.manifest
+    if ticket.version != VERSION or m.version != manifests.VERSION:
+        return f"version {ticket.version} (manifest {m.version}) is not {VERSION} ({manifests.VERSION})"
+    if not _NAME.fullmatch(ticket.suite):
+        return f"suite {ticket.suite!r:.80} is not a name"
+    if not 0 <= ticket.priority <= 9:
+        return f"priority {ticket.priority} is not within 0 to 9"
+    if m.step < 0 or (m.tokens or 0) < 0 or (m.samples or 0) < 0:
+        return "a negative step, token or sample count"
+    if not all(_DIGEST.fullmatch(d) for d in (ticket.suite_digest, m.digest, m.weights_digest)):
+        return "a digest that is not 64 hexadecimal digits"
+    for path in (m.path, ticket.pin, m.tokenizer):
+        if path and (not os.path.isabs(path) or ".." in path.split("/")):
+            return f"path {path!r:.200} is not absolute and plain"
+    if not m.path:
+        return "no checkpoint path"
+    names = [f.path for f in m.files]
+    if len(set(names)) != len(names):
+        return "a file stands twice in the manifest"
+    for name in names:
+        if name.startswith("/") or any(part in ("", ".", "..") for part in name.split("/")):
+            return f"file {name!r:.200} would escape the checkpoint"
+    if manifests.digest_of(m) != m.digest:
+        return "the manifest's digest is not that of its content"
+    if ticket_id(m.digest, ticket.suite_digest) != ticket.id:
+        return "the ticket's id is not that of its content"
+    if ticket.pin and not ticket.pin.endswith(os.path.join(os.sep, PINS, os.path.basename(ticket.pin))):
+        return f"pin {ticket.pin!r:.200} is not under {PINS}"
+    return ""

@@ -1,0 +1,234 @@
+"""The callback in a real Trainer: what it hands over, what it costs, and that training never notices."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from autoeval_hooks import AutoEvalCallback, ConfigError, fsio, manifest, pin
+from autoeval_hooks.queue import Queue
+from autoeval_hooks.ticket import Ticket
+from tests.trainer import trainer, weights_digest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> Path:
+    path = tmp_path / "autoeval.yaml"
+    path.write_text(
+        f"""
+queue: {tmp_path}/queue
+run: {{tokens_per_step: 64}}
+hook: {{deadline: 2.0}}
+suites:
+  quick: {{evaluators: [{{type: helm, entries: [a]}}]}}
+  slow: {{every_steps: 4, priority: 1, evaluators: [{{type: helm, entries: [b]}}]}}
+"""
+    )
+    return path
+
+
+@pytest.fixture
+def tickets(tmp_path: Path) -> Callable[[], dict[tuple[str, int], Ticket]]:
+    def read() -> dict[tuple[str, int], Ticket]:
+        queue = Queue(str(tmp_path / "queue"))
+        found = [queue.read(token) for token in queue.tokens("pending")]
+        out = {(t.suite, t.manifest.step): t for t in found}
+        assert len(out) == len(found), "a checkpoint was handed over twice"
+        return out
+
+    return read
+
+
+Tickets = Callable[[], dict[tuple[str, int], Ticket]]
+
+
+def test_every_checkpoint_is_handed_over_and_outlives_retention(tmp_path: Path, config: Path, tickets: Tickets) -> None:
+    trainer(tmp_path / "out", AutoEvalCallback(config), save_total_limit=1).train()
+    found = tickets()
+    assert sorted(found) == [("quick", 2), ("quick", 4), ("quick", 6), ("slow", 4)]
+    assert [p.name for p in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-6"]
+    for ticket in found.values():
+        m = ticket.manifest
+        assert (m.tokens, m.samples) == (64 * m.step, 4 * m.step)
+        assert m.path == str(tmp_path / "out" / f"checkpoint-{m.step}")
+        for file in m.files:
+            assert manifest.record(ticket.pin, file.path) == file
+    assert found["slow", 4].priority == 1
+    assert found["slow", 4].manifest == found["quick", 4].manifest
+    assert {f.path for f in found["quick", 2].manifest.files} == {
+        "model.safetensors", "config.json", "generation_config.json",
+    }  # fmt: skip
+
+
+def test_training_is_the_same_to_the_bit(tmp_path: Path, config: Path) -> None:
+    without = trainer(tmp_path / "a")
+    without.train()
+    with_it = trainer(tmp_path / "b", AutoEvalCallback(config))     # seeds anew
+    with_it.train()
+    assert weights_digest(without) == weights_digest(with_it)
+    rows = [[{k: v for k, v in row.items() if "runtime" not in k and "per_second" not in k} for row in t.state.log_history]
+            for t in (without, with_it)]  # fmt: skip
+    assert rows[0] == rows[1]
+
+
+def test_a_second_training_in_the_same_place_is_another_run_and_a_resumed_one_is_not(
+    tmp_path: Path, config: Path, tickets: Tickets
+) -> None:
+    trainer(tmp_path / "out", AutoEvalCallback(config), steps=4).train()
+    first = tickets()
+    trainer(tmp_path / "out", AutoEvalCallback(config), steps=6).train(resume_from_checkpoint=True)
+    resumed = tickets()
+    assert sorted(resumed) == [*sorted(first)[:2], ("quick", 6), ("slow", 4)]
+    assert len({t.manifest.run.id for t in resumed.values()}) == 1
+    trainer(tmp_path / "out", AutoEvalCallback(config, queue=str(tmp_path / "other")), steps=2).train()
+    other = Queue(str(tmp_path / "other"))
+    (token,) = other.tokens("pending")      # not the older checkpoints, which lie there still
+    assert other.read(token).manifest.run.id != first["quick", 2].manifest.run.id
+
+
+def test_a_save_without_an_event_is_found_when_training_resumes(
+    tmp_path: Path, config: Path, tickets: Tickets
+) -> None:
+    trainer(tmp_path / "out", steps=4).train()      # as a save on SIGTERM: complete, but no on_save
+    cut_off = tmp_path / "out" / "checkpoint-2"
+    (cut_off / manifest.INCOMPLETE).write_text("")
+    trainer(tmp_path / "out", AutoEvalCallback(config)).train(resume_from_checkpoint=True)
+    assert sorted(tickets()) == [("quick", 4), ("quick", 6), ("slow", 4)]
+
+
+def test_a_save_without_an_event_is_found_when_training_ends(
+    tmp_path: Path, config: Path, tickets: Tickets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    callback = AutoEvalCallback(config)
+    monkeypatch.setattr(callback, "on_save", lambda *a, **k: None)
+    trainer(tmp_path / "out", callback).train()
+    assert sorted(tickets()) == [("quick", 2), ("quick", 4), ("quick", 6), ("slow", 4)]
+
+
+def test_a_hanging_file_system_costs_one_deadline_and_a_warning(
+    tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    for_ever = threading.Event()
+    monkeypatch.setattr(pin, "make", lambda *a: for_ever.wait())
+    monkeypatch.setattr("autoeval_hooks.huggingface.END_DEADLINE_S", 0.5)
+    began = time.monotonic()
+    callback = AutoEvalCallback(config, hook={"deadline": 0.5})
+    trained = trainer(tmp_path / "out", callback, steps=20)
+    trained.train()
+    whole = time.monotonic() - began
+    for_ever.set()
+    plain = trainer(tmp_path / "plain", steps=20)
+    began = time.monotonic()
+    plain.train()
+    assert whole - (time.monotonic() - began) < 0.5 + 0.5 + 3.0     # ten saves, and not ten deadlines
+    assert weights_digest(trained) == weights_digest(plain)
+    assert [r.getMessage() for r in caplog.records if "delivery is behind" in r.getMessage()]
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.ESTALE])
+def test_a_queue_that_cannot_be_written_costs_a_warning_and_pins_stay(
+    tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, error: int
+) -> None:
+    create = fsio.FileOps.create
+
+    def refuse(self: fsio.FileOps, path: str) -> int:
+        if path.startswith(str(tmp_path / "queue")):
+            raise OSError(error, os.strerror(error), path)
+        return create(self, path)
+
+    monkeypatch.setattr(fsio.FileOps, "create", refuse)
+    monkeypatch.setattr("autoeval_hooks.huggingface.END_DEADLINE_S", 0.2)
+    trained = trainer(tmp_path / "out", AutoEvalCallback(config, hook={"deadline": 0.2}), save_total_limit=1)
+    trained.train()
+    assert trained.state.global_step == 6
+    messages = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert any(os.strerror(error) in m and "will be tried again" in m for m in messages)
+    assert any("python -m autoeval_hooks submit" in m for m in messages)
+    assert len(list((tmp_path / "out" / ".autoeval" / "pins").iterdir())) >= 3      # what retention deleted is kept
+
+
+def test_what_failed_for_a_while_is_handed_over_later(
+    tmp_path: Path, config: Path, tickets: Tickets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("autoeval_hooks.delivery.FIRST_PAUSE_S", 0.05)
+    enqueue, failures = Queue.enqueue, iter(range(4))
+
+    def flaky(self: Queue, ticket: Ticket) -> bool:
+        if next(failures, None) is not None:
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return enqueue(self, ticket)
+
+    monkeypatch.setattr(Queue, "enqueue", flaky)
+    trainer(tmp_path / "out", AutoEvalCallback(config), save_total_limit=1).train()
+    found = tickets()
+    assert sorted(found) == [("quick", 2), ("quick", 4), ("quick", 6), ("slow", 4)]
+    assert len(list((tmp_path / "out" / ".autoeval" / "pins").iterdir())) == 4
+
+
+def test_an_exception_of_ours_does_not_reach_training_and_an_interrupt_does(
+    tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    callback = AutoEvalCallback(config)
+    monkeypatch.setattr(callback, "_identity", lambda: 1 / 0)
+    trained = trainer(tmp_path / "out", callback, steps=2)
+    trained.train()
+    assert trained.state.global_step == 2
+    assert any("division by zero" in r.getMessage() for r in caplog.records)
+
+    def interrupt() -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(callback, "_identity", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        trainer(tmp_path / "out2", callback, steps=2).train()
+
+
+def test_nothing_of_ours_is_in_a_checkpoint_or_looks_like_one(tmp_path: Path, config: Path) -> None:
+    trainer(tmp_path / "a").train()
+    trainer(tmp_path / "b", AutoEvalCallback(config)).train()
+    checkpoints = [{p.name: sorted(os.listdir(p)) for p in (tmp_path / x).glob("checkpoint-*")} for x in "ab"]
+    assert checkpoints[0] == checkpoints[1]
+    assert [p.name for p in (tmp_path / "b").rglob("checkpoint-*") if ".autoeval" in p.parts] == []
+
+
+def test_only_rank_zero_acts(tmp_path: Path, config: Path, tickets: Tickets) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(
+        "import sys; from pathlib import Path\n"
+        "from tests.trainer import trainer; from autoeval_hooks import AutoEvalCallback\n"
+        "trainer(Path(sys.argv[1]), AutoEvalCallback(sys.argv[2]), steps=4).train()\n"
+    )
+    subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
+         "--local-addr", "127.0.0.1", str(script), str(tmp_path / "out"), str(config)],
+        check=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, timeout=120,
+    )  # fmt: skip
+    found = tickets()
+    assert sorted(found) == [("quick", 2), ("quick", 4), ("slow", 4)]
+    assert found["quick", 4].manifest.samples == 4 * 2 * 4
+
+
+def test_a_bad_configuration_is_one_error_before_training(tmp_path: Path, config: Path) -> None:
+    config.write_text(config.read_text().replace("deadline", "deadlin"))
+    with pytest.raises(ConfigError, match=r"autoeval.yaml: hook.deadlin: unknown key; did you mean 'deadline'\?"):
+        AutoEvalCallback(config)
+
+
+def test_checkpoints_without_weights_are_named_and_passed_over(
+    tmp_path: Path, config: Path, tickets: Tickets, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(manifest, "WEIGHTS", ("*.nothing",))
+    trainer(tmp_path / "out", AutoEvalCallback(config), steps=2).train()
+    assert tickets() == {}
+    assert any("checkpoint-2: no weights" in r.getMessage() for r in caplog.records)
+    assert os.listdir(tmp_path / "out" / ".autoeval" / "pins") == []
