@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from autoeval_hooks.errors import AutoEvalError, CheckpointError, ConfigError, QueueError, TicketError
     from autoeval_hooks.huggingface import AutoEvalCallback
-    from autoeval_hooks.submit import submit
+    from autoeval_hooks.handover import submit
 
 __version__ = "0.1.0"
 
@@ -22,7 +22,7 @@ _EXPORTS = {
     "ConfigError": "errors",
     "QueueError": "errors",
     "TicketError": "errors",
-    "submit": "submit",
+    "submit": "handover",
 }
 
 __all__ = [

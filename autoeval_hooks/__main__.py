@@ -7,7 +7,7 @@ import logging
 import sys
 
 from autoeval_hooks.errors import AutoEvalError
-from autoeval_hooks.submit import submit
+from autoeval_hooks.handover import submit
 
 OK, USAGE, LATER = 0, 2, 75
 

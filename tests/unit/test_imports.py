@@ -25,3 +25,12 @@ def test_submitting_by_hand_loads_nothing_heavy() -> None:
 def test_every_export_can_be_imported() -> None:
     names = "', '".join(__import__("autoeval_hooks").__all__)
     modules_after(f"import autoeval_hooks; [getattr(autoeval_hooks, n) for n in ['{names}']]")
+
+
+def test_no_module_hides_an_export() -> None:
+    """Importing a submodule sets it as the package's attribute, over a lazy export of the same name."""
+    import pkgutil
+
+    import autoeval_hooks
+
+    assert not {m.name for m in pkgutil.iter_modules(autoeval_hooks.__path__)} & set(autoeval_hooks.__all__)

@@ -1,0 +1,42 @@
+"""`autoeval-runner run`: evaluate what is queued."""
+
+from __future__ import annotations
+
+import sys
+
+import click
+
+from eval_runner import config as configs
+from eval_runner import registry
+from eval_runner.cli.options import config_option
+from eval_runner.progress import Progress
+from eval_runner.runner import Mode, Runner, stopped_by_signals
+
+FAILED, LATER = 1, 75
+
+
+@click.command()
+@config_option
+@click.option("--once", "mode", flag_value="once", help="Evaluate one ticket, if there is one, and end.")
+@click.option("--drain", "mode", flag_value="drain", help="Evaluate until no ticket is pending, and end.")
+@click.option("--verbose", is_flag=True, help="Say more.")
+def run(config_file: str, mode: Mode | None, verbose: bool) -> None:
+    """Take tickets, evaluate their checkpoints, and bring the scores to the runs that trained them.
+
+    Without --once or --drain it goes on until it is stopped. SIGTERM gives the ticket in hand back.
+    """
+    config = configs.load(config_file)
+    with Progress(verbose=verbose) as progress:
+        evaluators = {name: registry.build_evaluators(config, suite) for name, suite in config.suites.items()}
+        for evaluator in (e for suite in evaluators.values() for e in suite):
+            evaluator.check()
+        sinks = registry.build_sinks(config)
+        named = {f"{i}-{entry['type']}": sink for i, (entry, sink) in enumerate(zip(config.sinks, sinks, strict=True))}
+        runner = Runner(config, evaluators, named, progress)
+        with stopped_by_signals(runner):
+            settled = runner.run(mode or "forever")
+    if runner.tally.failed:
+        sys.exit(FAILED)
+    if not settled:
+        click.echo("some points still wait for their run: see `autoeval-runner status`", err=True)
+        sys.exit(LATER)

@@ -1,0 +1,47 @@
+"""`autoeval-runner status`: what is queued, running, done and failed, and why."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+
+import click
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from autoeval_hooks.errors import QueueError
+from eval_runner import config as configs
+from eval_runner import status as statuses
+from eval_runner.cli.options import config_option
+
+
+WIDE = 1000
+"""Columns of a table that no terminal shows: a script gets each ticket on one line."""
+
+
+@click.command()
+@config_option
+@click.option("--json", "as_json", is_flag=True, help="One JSON object, for scripts.")
+def status(config_file: str, as_json: bool) -> None:
+    """Show every ticket of the queue and what became of it."""
+    root = configs.load(config_file).queue
+    try:
+        found = statuses.read(root)
+    except FileNotFoundError as error:
+        raise QueueError(f"queue {root}: not there yet (no {error.filename}); no checkpoint was submitted so far, "
+                         "or `queue` names another directory than training's") from error  # fmt: skip
+    if as_json:
+        click.echo(json.dumps(asdict(found), indent=2))
+        return
+    click.echo(f"{found.queue}: " + ", ".join(f"{n} {state}" for state, n in found.counts.items()))
+    table = Table("state", "run", "suite", "step", "attempt", "ticket", "why", box=None, pad_edge=False)
+    for t in sorted(found.tickets, key=lambda t: (t.run, t.suite, t.step or 0)):
+        step = "?" if t.step is None else str(t.step)
+        cells = (t.state, escape(t.run), escape(t.suite), step, str(t.generation + 1), t.ticket[:12], escape(t.why))
+        table.add_row(*cells)
+    if found.tickets:
+        Console(width=None if sys.stdout.isatty() else WIDE).print(table)
+    for run, n in found.points_waiting.items():
+        click.echo(f"{n} point(s) wait for W&B run {run}: they come when its training logs next, or once it is over")

@@ -1,0 +1,55 @@
+"""Why a run of HELM failed, out of its log, and what kind of failure that is."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from autoeval_hooks.errors import AutoEvalError, CheckpointError, ConfigError
+
+CANNOT_LOAD = "autoeval cannot load the checkpoint"
+"""As in inside/autoeval_helm.py, which this process cannot import."""
+
+_DATA = "; put the data under data_dir, or set HF_HUB_OFFLINE=0 where the network may be used"
+_KINDS: tuple[tuple[str, type[AutoEvalError], str], ...] = (
+    (CANNOT_LOAD, CheckpointError, ""),
+    (r"Log probs have NaN|contains either `inf`, `nan`", CheckpointError, "; the model's outputs are broken"),
+    (r"FileNotFoundError|OfflineModeIsEnabled|LocalEntryNotFound|offline mode|Name or service not known"
+     r"|name resolution|Couldn't reach|ConnectionError", ConfigError, _DATA),
+    (r"ModuleNotFoundError|OptionalDependencyNotInstalled", ConfigError, "; install it in the HELM environment"),
+)  # fmt: skip
+_LAST = re.compile(r"^(?:[\w.]+\.)?(\w*(?:Error|Exception|CannotLoad|Interrupt|Enabled|Installed|NotFound)\w*: .+)$")
+_EMPTY = ("RunnerError",)  # only says that runs failed
+
+
+def failure(status: int, log: Path, where: str) -> AutoEvalError:
+    """The error for a run of HELM that ended with `status`; `where` names the run."""
+    text = _text(log)
+    said = [m.group(1) for line in text.splitlines() if (m := _LAST.match(line.strip()))]
+    said = [line for line in said if not line.startswith(_EMPTY)]
+    loading = next((line for line in said if CANNOT_LOAD in line), "")
+    reason = _short(loading or (said[-1] if said else "")) or (
+        f"killed by signal {-status}" if status < 0 else f"exit status {status}, and no exception in the log"
+    )
+    for pattern, kind, remedy in _KINDS:
+        if re.search(pattern, loading or reason):
+            return kind(f"{where}: {reason}{remedy}; log: {log}")
+    return AutoEvalError(f"{where}: {reason}; log: {log}")
+
+
+def dropped_nan(log: Path, metric: str) -> bool:
+    """Whether HELM left `metric` out of a run's results because it was not a number."""
+    return f"Removing stat {metric} because its value is NaN" in _text(log)
+
+
+def _text(log: Path) -> str:
+    try:
+        return log.read_text(encoding="utf-8", errors="replace").replace("\r", "\n")
+    except OSError:
+        return ""
+
+
+def _short(text: str) -> str:
+    """Without the request that HELM quotes in full, and of a length to read."""
+    text = text.partition(" Request: Request(")[0]
+    return text if len(text) <= 300 else text[:300] + "…"

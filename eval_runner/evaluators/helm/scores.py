@@ -1,0 +1,147 @@
+"""Scores and their uncertainty out of one run directory of HELM.
+
+HELM writes `stats.json`, rows over all instances, and `per_instance_stats.json`. A row's own `stddev` is that
+over trials, so the standard error is taken from the instances; and only where they reproduce the row's value,
+for a metric of a whole corpus (a macro F1, say) is no mean over instances.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from autoeval_hooks.errors import AutoEvalError, CheckpointError, ConfigError
+from autoeval_hooks.strict import near
+from eval_runner.results.schema import Instance, Score
+
+Rows = list[dict[str, Any]]
+
+
+def read(
+    run: Path, benchmark: str, metric: str, split: str | None, lower_is_better: bool | None, was_nan: bool = False
+) -> tuple[Score, list[Instance]]:
+    """The score `metric` of a run, and the values of its instances.
+
+    `split` None takes the only split of the run. `was_nan` says that HELM dropped this metric for being NaN.
+    Raises ConfigError for a run without instances or without this metric, CheckpointError for a value that
+    is not finite, AutoEvalError for files that a run should have left and did not.
+    """
+    stats, per_instance = _load(run / "stats.json"), _load(run / "per_instance_stats.json")
+    rows = [row for row in stats if "perturbation" not in row["name"] and row["count"] > 0]
+    counts: dict[str, float] = defaultdict(float)
+    for row in rows:
+        if row["name"]["name"] == "num_instances":
+            counts[row["name"]["split"]] += row["mean"]
+    if split is None:
+        if len(counts) > 1:
+            raise ConfigError(f"{benchmark}: no main split is known, and there are {', '.join(sorted(counts))}")
+        split = next(iter(counts), "test")
+    n = round(counts.get(split, 0))
+    if n == 0:
+        raise ConfigError(
+            f"{benchmark}: the run has no instances of the split {split!r}; HELM found no data for it"
+            + (f" (it has {', '.join(sorted(counts))})" if counts else "")
+            + "; put the data under data_dir, or set HF_HUB_OFFLINE=0 where the network may be used"
+        )
+    values = [row for row in rows if row["name"].get("split") == split and row["name"]["name"] == metric]
+    if not values and was_nan:
+        raise CheckpointError(f"{benchmark}: {metric} is not a number; the model's outputs are broken")
+    if not values:
+        known = {row["name"]["name"] for row in rows if row["name"].get("split") == split}
+        raise ConfigError(f"{benchmark}: the run has no metric {metric!r}{near(metric, known)}")
+    value = _pooled(values, rows, split)
+    if not math.isfinite(value):
+        raise CheckpointError(f"{benchmark}: {metric} is {value}; the model's outputs are broken")
+    instances, stderr = _instances(per_instance, metric, split, value)
+    higher = None if lower_is_better is None else not lower_is_better
+    return (
+        Score(benchmark, metric, split, value, n, stderr, higher),
+        [Instance(benchmark, metric, split, key, v) for key, v in instances.items()],
+    )
+
+
+def mean_stderr(values: list[float]) -> float | None:
+    """Standard error of the mean, from the sample's standard deviation (n - 1); None for fewer than two."""
+    n = len(values)
+    if n < 2:
+        return None
+    mean = math.fsum(values) / n
+    return math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1) / n)
+
+
+def ratio_stderr(tops: list[float], bottoms: list[float]) -> float | None:
+    """Standard error of sum(tops) / sum(bottoms) over independent pairs, by the delta method.
+
+    W. G. Cochran, Sampling Techniques (3rd ed., 1977), section 6.4: the residuals top - ratio * bottom
+    take the place of the deviations from a mean.
+    """
+    n, total = len(tops), math.fsum(bottoms)
+    if n < 2 or total <= 0:
+        return None
+    ratio = math.fsum(tops) / total
+    squares = math.fsum((t - ratio * b) ** 2 for t, b in zip(tops, bottoms, strict=True))
+    return math.sqrt(n / (n - 1) * squares) / total
+
+
+def _load(path: Path) -> Rows:
+    try:
+        data: Rows = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise AutoEvalError(f"{path}: HELM left no readable results ({error})") from error
+    return data
+
+
+def _pooled(values: Rows, rows: Rows, split: str) -> float:
+    """A row's mean; where a scenario has only sub-splits, their mean weighted by their instances."""
+    whole = [row for row in values if "sub_split" not in row["name"]]
+    if whole:
+        return float(whole[0]["mean"])
+    sizes = {
+        row["name"].get("sub_split"): row["mean"]
+        for row in rows
+        if row["name"]["name"] == "num_instances" and row["name"]["split"] == split
+    }
+    weights = [sizes.get(row["name"]["sub_split"], 0) for row in values]
+    if not sum(weights):
+        return math.nan
+    return float(sum(w * row["mean"] for w, row in zip(weights, values, strict=True)) / sum(weights))
+
+
+def _instances(per_instance: Rows, metric: str, split: str, value: float) -> tuple[dict[str, float], float | None]:
+    """Values of the instances, each averaged over its trials, and the standard error of `value`."""
+
+    def close(other: float) -> bool:
+        return math.isclose(other, value, rel_tol=1e-6, abs_tol=1e-9)
+
+    if metric == "bits_per_byte":
+        nats = _per_instance(per_instance, "logprob", split, sum)
+        size = _per_instance(per_instance, "num_bytes", split, sum)
+        ids = [key for key in nats if size.get(key, 0) > 0]
+        bits = [-nats[key] / math.log(2) for key in ids]
+        sizes = [size[key] for key in ids]
+        if ids and close(math.fsum(bits) / math.fsum(sizes)):
+            each = [b / s for b, s in zip(bits, sizes, strict=True)]
+            return dict(zip(ids, each, strict=True)), ratio_stderr(bits, sizes)
+    values = _per_instance(per_instance, metric, split, lambda trials: math.fsum(trials) / len(trials))
+    if values and close(math.fsum(values.values()) / len(values)):
+        return values, mean_stderr(list(values.values()))
+    return {}, None
+
+
+def _per_instance(
+    rows: Rows, metric: str, split: str, combine: Callable[[list[float]], float]
+) -> dict[str, float]:
+    """Value of each unperturbed instance. A stat's own value is its mean; `combine` is over trials or windows."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for row in rows:
+        if row.get("perturbation"):
+            continue
+        for stat in row["stats"]:
+            name = stat["name"]
+            if name["name"] == metric and name.get("split") == split and not name.get("perturbation") and stat["count"]:
+                found[row["instance_id"]].append(stat["sum"] / stat["count"])
+    return {key: combine(values) for key, values in found.items()}

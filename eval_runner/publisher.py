@@ -1,0 +1,101 @@
+"""Brings finished results to the sinks, in a thread of its own: a slow or dead service never blocks evaluation."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from pathlib import Path
+
+from autoeval_hooks import fsio
+from autoeval_hooks.queue import Queue, Token
+from eval_runner.results import store
+from eval_runner.sinks.base import Sink
+
+log = logging.getLogger("autoeval")
+
+PERIOD_S = 2.0
+"""Between two looks at what is done and at what the sinks have waiting."""
+
+
+class Publisher:
+    """Runs while its context is open. What each sink was given is marked in `published/<sink>/<ticket>`; the
+    marks are a shortcut only: without them everything is given again, which sinks take as it is."""
+
+    def __init__(self, queue: Queue, sinks: dict[str, Sink]) -> None:
+        self._queue = queue
+        self._sinks = sinks
+        self._over = threading.Event()
+        self._wake = threading.Event()
+        self._rounds = 0
+        self._settled = False
+        self._said: dict[str, str] = {}
+        self._thread = threading.Thread(target=self._loop, name="autoeval-publisher", daemon=True)
+
+    def __enter__(self) -> Publisher:
+        for name in self._sinks:
+            (Path(self._queue.root) / "published" / name).mkdir(parents=True, exist_ok=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._over.set()
+        self._wake.set()
+        self._thread.join(timeout=10 * PERIOD_S)
+
+    def wake(self) -> None:
+        """Something was finished: look now."""
+        self._wake.set()
+
+    def settle(self, timeout: float) -> bool:
+        """Wait until every sink shows everything that is done; False when some still waits after `timeout` s."""
+        end, start = time.monotonic() + timeout, self._rounds
+        self.wake()
+        while time.monotonic() < end and self._thread.is_alive():
+            if self._settled and self._rounds >= start + 2:     # one round may have begun before the last result
+                return True
+            time.sleep(PERIOD_S / 10)
+        return False
+
+    def _loop(self) -> None:
+        while not self._over.is_set():
+            settled = [self._serve(name, sink) for name, sink in self._sinks.items()]
+            self._settled = all(settled)
+            self._rounds += 1
+            self._wake.wait(PERIOD_S)
+            self._wake.clear()
+
+    def _serve(self, name: str, sink: Sink) -> bool:
+        """Give one sink what it lacks and let it move on; whether nothing waits any longer."""
+        try:
+            marked = set(self._queue.ops.listdir(str(self._marks(name))))
+            given = [self._give(name, sink, t) for t in self._queue.tokens("done") if t.ticket not in marked]
+            done = sink.flush() and all(given)
+        except Exception as error:      # a sink must never take the runner down
+            self._say(name, f"sink {name}: {error}; will be tried again")
+            return False
+        self._said.pop(name, None)
+        return done
+
+    def _give(self, name: str, sink: Sink, token: Token) -> bool:
+        try:
+            result = store.read(Path(self._queue.root) / "results" / token.result_name)
+            if result.status == "ok":
+                sink.publish(result)
+        except store.ResultError as error:
+            self._say(token.ticket, str(error))
+            return True     # another look will not mend it; `status` names it too
+        except Exception as error:
+            self._say(token.ticket, f"sink {name}, ticket {token.ticket[:12]}: {error}; will be tried again")
+            return False
+        fsio.replace(str(self._marks(name) / token.ticket), b"")
+        return True
+
+    def _marks(self, name: str) -> Path:
+        return Path(self._queue.root) / "published" / name
+
+    def _say(self, key: str, message: str) -> None:
+        """Warn once for each change of the message."""
+        if self._said.get(key) != message:
+            self._said[key] = message
+            log.warning(message)

@@ -1,0 +1,112 @@
+"use strict";
+// Draws the charts that come into view. All text in the data is foreign: Plotly reads tags in its texts, so
+// every text is escaped on its way in; the page itself only ever sets textContent.
+(() => {
+  const data = JSON.parse(document.getElementById("data").textContent);
+  const figures = [...document.querySelectorAll("figure[data-chart]")];
+  const dark = matchMedia("(prefers-color-scheme: dark)");
+  const dashes = ["solid", "dash", "dot", "dashdot"];
+  const state = { axis: "step", hidden: new Set() };
+  const drawn = new Set();
+
+  const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+  const short = (v) => (v === null ? "unknown" : Number(v.toPrecision(5)).toString());
+  const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
+
+  function traces(metric) {
+    return metric.lines.filter((line) => !state.hidden.has(line.run)).map((line) => {
+      const run = data.runs[line.run];
+      const points = line.at.map((i) => run.checkpoints[i]);
+      return {
+        type: "scatter",
+        mode: "lines+markers",
+        name: plain(run.name),
+        x: points.map((p) => (state.axis === "tokens" ? p.tokens / 1e9 : p.step)),
+        y: line.value,
+        error_y: {
+          type: "data", symmetric: false, color: run.color + (points.length > 40 ? "40" : "99"), thickness: 1.2, width: points.length > 40 ? 0 : 3,
+          array: line.value.map((v, i) => (line.high[i] === null ? 0 : line.high[i] - v)),
+          arrayminus: line.value.map((v, i) => (line.low[i] === null ? 0 : v - line.low[i])),
+        },
+        text: points.map((p, i) => [
+          `<b>${plain(run.name)}</b>`,
+          `step ${p.step}` + (p.tokens === null ? "" : `, ${short(p.tokens / 1e9)} B tokens`),
+          `${short(line.value[i])}  (95 %: ` +
+            (line.low[i] === null ? "unknown" : `${short(line.low[i])} to ${short(line.high[i])}`) + ")",
+          `n = ${line.n[i]}`,
+          plain(p.checkpoint),
+        ].join("<br>")),
+        hoverinfo: "text",
+        line: { color: run.color, width: 2, dash: dashes[Math.floor(line.run / data.colors) % dashes.length] },
+        marker: { color: run.color, size: points.length > 40 ? 4 : 7 },
+      };
+    });
+  }
+
+  function draw(figure) {
+    const metrics = data.charts[figure.dataset.chart].metrics;
+    const select = figure.querySelector("select");
+    const metric = metrics[select ? select.selectedIndex : 0];
+    const grid = css("--line"), soft = css("--soft");
+    figure.querySelector(".direction").textContent = metric.direction;
+    const axis = { gridcolor: grid, linecolor: grid, zeroline: false, exponentformat: "power", tickfont: { color: soft, size: 12 } };
+    const lines = traces(metric);
+    const places = new Set(lines.flatMap((line) => line.x));
+    const single = places.size === 1 ? { tickmode: "array", tickvals: [...places] } : { nticks: 7 };
+    const title = (text) => ({ text, font: { color: soft, size: 12 }, standoff: 8 });
+    Plotly.react(figure.querySelector(".plot"), lines, {
+      margin: { l: 52, r: 12, t: 10, b: 42 },
+      showlegend: false,
+      hovermode: "closest",
+      hoverlabel: { align: "left", font: { size: 12.5 } },
+      modebar: { bgcolor: "rgba(0,0,0,0)", color: soft, activecolor: css("--link") },
+      paper_bgcolor: "rgba(0,0,0,0)",
+      plot_bgcolor: "rgba(0,0,0,0)",
+      font: { family: getComputedStyle(document.body).fontFamily, color: css("--ink") },
+      xaxis: {
+        ...axis, ...single,
+        title: title(state.axis === "tokens" ? "tokens (billions)" : "step"),
+        tickformat: state.axis === "tokens" ? "" : ",d",
+      },
+      yaxis: { ...axis, automargin: true, nticks: 6 },
+    }, {
+      responsive: true, displaylogo: false,
+      // By name, since Plotly's default buttons include one that sends the data away.
+      modeBarButtons: [["toImage", "zoom2d", "pan2d", "resetScale2d"]],
+      displayModeBar: matchMedia("(hover: hover)").matches ? "hover" : false,
+    });
+    drawn.add(figure);
+  }
+  const redraw = () => drawn.forEach(draw);
+
+  function press(group, act) {
+    for (const button of group.querySelectorAll("button")) {
+      button.addEventListener("click", () => { act(button, group); redraw(); });
+    }
+  }
+  for (const group of document.querySelectorAll(".axis")) {
+    press(group, (button) => {
+      state.axis = button.value;
+      for (const other of group.querySelectorAll("button")) other.setAttribute("aria-pressed", other === button);
+    });
+  }
+  for (const group of document.querySelectorAll(".legend")) {
+    press(group, (button) => {
+      const run = Number(button.value);
+      if (!state.hidden.delete(run)) state.hidden.add(run);
+      button.setAttribute("aria-pressed", !state.hidden.has(run));
+    });
+  }
+  for (const select of document.querySelectorAll("figure select")) {
+    select.addEventListener("change", () => draw(select.closest("figure")));
+  }
+  dark.addEventListener("change", redraw);
+
+  const view = new IntersectionObserver((entries) => {
+    for (const entry of entries) {
+      if (entry.isIntersecting) { view.unobserve(entry.target); draw(entry.target); }
+    }
+  }, { rootMargin: "400px" });
+  figures.forEach((figure) => view.observe(figure));
+  addEventListener("beforeprint", () => figures.forEach(draw));
+})();

@@ -1,0 +1,30 @@
+"""All scores as one flat file for spreadsheets and data frames."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Iterable
+from pathlib import Path
+
+from autoeval_hooks import fsio
+from eval_runner.results.schema import Result
+from eval_runner.results.series import rows
+
+COLUMNS = ("run", "step", "suite", "benchmark", "metric", "split", "value", "stderr", "n")
+
+
+def write(results: Iterable[Result], path: Path) -> None:
+    """Replace the file `path` by one row for each score of the ok results, numbers with full precision.
+
+    `stderr` is empty where it is unknown. `eval_runner.results.series` says what a name with an ``@`` means.
+    """
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    table.writerow(COLUMNS)
+    for row in rows(results):
+        s = row.score
+        error = "" if s.stderr is None else repr(s.stderr)
+        table.writerow((row.run, row.result.step, row.suite, s.benchmark, s.metric, s.split, repr(s.value), error, s.n))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fsio.replace(str(path.absolute()), text.getvalue().encode())

@@ -1,0 +1,54 @@
+"""Scores as series over steps: which results belong to one line, and what it is called.
+
+Nothing is hidden, and nothing that cannot be compared shares a name. A suite's plain name is its definition
+that was evaluated last; results of an earlier definition are called ``suite@1a2b3c4d`` after its digest. A run's
+plain name has, at each step, the checkpoint that was evaluated last; where training went back and wrote the
+step again, the scores of the earlier checkpoint are called ``run@5e6f7a8b`` after that checkpoint's digest.
+"Last" is by the runner's clock: it picks a name, never a result.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from eval_runner.results.schema import Result, Score
+
+
+@dataclass(frozen=True)
+class Row:
+    """One score with the names it goes by. `superseded`: its checkpoint was written again later."""
+
+    run: str
+    suite: str
+    result: Result
+    score: Score
+    superseded: bool
+
+    @property
+    def key(self) -> tuple[str, str, str, str]:
+        """What a series has in common beside its run: suite, benchmark, metric, split."""
+        return self.suite, self.score.benchmark, self.score.metric, self.score.split
+
+
+def rows(results: Iterable[Result]) -> list[Row]:
+    """All scores of the ok results, sorted by run, suite, benchmark, metric, split and step."""
+    ok = sorted((r for r in results if r.status == "ok"), key=lambda r: (r.finished_at, r.generation, r.ticket))
+    runs = run_names(ok)
+    last_definition = {r.suite: r.suite_digest for r in ok}
+    last_checkpoint = {(r.run.id, r.suite_digest, r.step): r.checkpoint_digest for r in ok}
+    out: list[Row] = []
+    for r in ok:
+        superseded = last_checkpoint[r.run.id, r.suite_digest, r.step] != r.checkpoint_digest
+        run = runs[r.run.id] + (f"@{r.checkpoint_digest[:8]}" if superseded else "")
+        suite = r.suite + (f"@{r.suite_digest[:8]}" if last_definition[r.suite] != r.suite_digest else "")
+        out.extend(Row(run, suite, r, s, superseded) for s in r.scores)
+    return sorted(out, key=lambda row: (row.run, *row.key, row.result.step))
+
+
+def run_names(results: Sequence[Result]) -> dict[str, str]:
+    """A run's name for people by its id; with the id where two runs share the name."""
+    names = {r.run.id: r.run.name or r.run.id for r in results}
+    count = Counter(names.values())
+    return {run: name if count[name] == 1 else f"{name} ({run})" for run, name in names.items()}

@@ -1,0 +1,301 @@
+"""The results directory: the truth that every sink, table and report is made from.
+
+    results/ID~gN~RUNNER/result.json           one attempt's record: strict JSON, one `Result`
+    results/ID~gN~RUNNER/instances.jsonl.gz    its per-instance values, one `Instance` a line
+
+A directory appears whole or not at all, and is never changed. It counts only while a token in `done/` (or,
+for a failure's reason, in `failed/`) names it: what a runner wrote after it lost its lease is garbage.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import gzip
+import io
+import json
+import math
+import os
+import re
+import zlib
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from autoeval_hooks import fsio, strict
+from autoeval_hooks.errors import AutoEvalError, CheckpointError, ConfigError, QueueError, TicketError
+from autoeval_hooks.fsio import FileOps
+from autoeval_hooks.queue import Queue, Token
+from eval_runner.results.schema import VERSION, Failure, Instance, Result, Score
+
+RECORD = "result.json"
+INSTANCES = "instances.jsonl.gz"
+MAX_RECORD_BYTES = 16 << 20
+MAX_LINE_BYTES = 1 << 20
+
+
+class ResultError(AutoEvalError, ValueError):
+    """A record on disk that is missing, torn, or written by a newer version."""
+
+    kind = "configuration"
+
+
+# ---------------------------------------------------------------------- writing
+
+
+def write(
+    queue_root: Path, name: str, result: Result, instances: Iterable[Instance], *, ops: FileOps | None = None
+) -> Path:
+    """Publish a result durably as `results/<name>` and return that path.
+
+    Raises CheckpointError for a score that is no number, ConfigError for one that two evaluators give, ValueError
+    for a record that contradicts itself, QueueError when `name` is there already, and OSError when the file
+    system fails; nothing is published then.
+    """
+    ops = ops or FileOps()
+    record, lines = _dump(result), _dump_instances(instances)
+    tmp = str(queue_root / "tmp" / f"result-{name}~{fsio.unique()}")
+    final = queue_root / "results" / name
+    ops.mkdir(tmp)
+    try:
+        fsio.write_new(ops, os.path.join(tmp, RECORD), record)
+        fsio.write_new(ops, os.path.join(tmp, INSTANCES), lines)
+        ops.sync_dir(tmp)
+        _publish(ops, tmp, str(final))
+    except BaseException:
+        for file in (RECORD, INSTANCES):
+            with contextlib.suppress(OSError):
+                ops.unlink(os.path.join(tmp, file))
+        with contextlib.suppress(OSError):
+            os.rmdir(tmp)
+        raise
+    ops.sync_dir(str(final.parent))
+    return final
+
+
+def _publish(ops: FileOps, tmp: str, final: str) -> None:
+    try:
+        if not fsio.moved(ops, tmp, final):
+            raise QueueError(f"{tmp}: vanished before it was published; keep other programs out of the queue's tmp/")
+    except OSError as error:
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+            raise QueueError(f"{final}: is there already; give every runner a name of its own") from error
+        raise
+
+
+def _dump(result: Result) -> bytes:
+    """The record's text, checked by reading it back: what is published can be read."""
+    _check_scores(result)
+    if result.failure is not None:
+        clean = replace(result.failure, message=_plain(result.failure.message), log=_plain(result.failure.log))
+        result = replace(result, failure=clean)
+    text = json.dumps(asdict(result), allow_nan=False, indent=1).encode() + b"\n"
+    _load(text, f"result of ticket {result.ticket}")
+    return text
+
+
+def _check_scores(result: Result) -> None:
+    seen = set()
+    for evaluation in result.evaluations:
+        for s in evaluation.scores:
+            for what, number in (("value", s.value), ("stderr", s.stderr)):
+                if number is not None and not math.isfinite(number):
+                    raise CheckpointError(
+                        f"score {_title(s)}: its {what} is {number}, which is no number; the model may have diverged,"
+                        f" see the log of evaluator {evaluation.evaluator}"
+                    )
+            if (key := (s.benchmark, s.metric, s.split)) in seen:
+                raise ConfigError(
+                    f"suite {result.suite}: score {_title(s)} is given twice;"
+                    " take the benchmark out of one of its evaluators"
+                )
+            seen.add(key)
+
+
+def _dump_instances(instances: Iterable[Instance]) -> bytes:
+    buffer = io.BytesIO()
+    with gzip.GzipFile(fileobj=buffer, mode="wb", mtime=0, compresslevel=6) as file:
+        for i in instances:
+            if not math.isfinite(i.value):
+                raise CheckpointError(f"instance {i.id!r} of {_title(i)}: its value is {i.value}, which is no number")
+            data = asdict(i) | {"value": float(i.value)}
+            line = json.dumps(data, allow_nan=False, separators=(",", ":")).encode()
+            _instance(line, f"instance {i.id!r} of {_title(i)}")
+            file.write(line + b"\n")
+    return buffer.getvalue()
+
+
+def _plain(text: str) -> str:
+    """Text that any file can hold: a log's bytes that are no text, and NULs, are shown as replaced."""
+    return text.encode("utf-8", "replace").decode().replace("\0", "\N{REPLACEMENT CHARACTER}")
+
+
+def _title(s: Score | Instance) -> str:
+    return f"{s.benchmark}/{s.metric} ({s.split})"
+
+
+# ---------------------------------------------------------------------- reading
+
+
+def read(path: Path) -> Result:
+    """The record of the result directory `path`. Raises ResultError that names the file."""
+    file = path / RECORD
+    try:
+        text = FileOps().read(str(file), MAX_RECORD_BYTES)
+    except OSError as error:
+        raise ResultError(f"{file}: cannot be read ({error.strerror}); `retry` its ticket to evaluate again") from error
+    return _load(text, str(file))
+
+
+def _load(text: bytes, where: str) -> Result:
+    errors: list[str] = []
+    result = strict.parse(Result, text, where, errors, max_bytes=MAX_RECORD_BYTES)
+    version = re.match(rb'\{\s*"version":\s*(\d{1,9})\b', text)
+    if version and int(version[1]) > VERSION:
+        raise ResultError(f"{where}: version {int(version[1])} was written by a newer autoeval; upgrade this one")
+    if result is None:
+        raise ResultError("; ".join(errors[:5]))
+    if problem := _problem(result):
+        raise ResultError(f"{where}: {problem}")
+    return result
+
+
+def _problem(result: Result) -> str:
+    """How a well-formed record contradicts itself, or ""."""
+    scores = [s for e in result.evaluations for s in e.scores]
+    wrong = [s for s in scores if s.n < 1 or (s.stderr or 0) < 0]
+    rules = {
+        f"version {result.version} is not {VERSION}": result.version != VERSION,
+        "an ok result without a score": result.status == "ok" and not scores,
+        "a failed result without its failure": result.status == "failed" and result.failure is None,
+        "a refiled result that does not say as what": result.status == "refiled" and not result.refiled_as,
+        f"score {wrong and _title(wrong[0])} has no instances or a negative error": bool(wrong),
+        "a time that is none": not all(0 <= t < 1e11 for t in (result.saved_at, result.started_at, result.finished_at)),
+        "a negative step, generation or token count": min(result.step, result.generation, result.tokens or 0) < 0,
+    }
+    return next((text for text, broken in rules.items() if broken), "")
+
+
+def path_of(queue_root: Path, result: Result) -> Path:
+    """The directory that holds `result`."""
+    return queue_root / "results" / f"{result.ticket}~g{result.generation}~{result.runner}"
+
+
+def instances(path: Path) -> Iterator[Instance]:
+    """The per-instance values of the result directory `path`. Raises ResultError that names the file and line."""
+    file = path / INSTANCES
+    number = 0
+    try:
+        if os.path.getsize(file) == 0:     # which gzip takes for a file that holds nothing
+            raise EOFError("it is empty")
+        with gzip.open(file, "rb") as lines:
+            while line := lines.readline(MAX_LINE_BYTES):
+                number += 1
+                yield _instance(line, f"{file}: line {number}")
+    except (OSError, EOFError, zlib.error) as error:
+        raise ResultError(f"{file}: cannot be read after line {number} ({error}); it is torn or missing") from error
+
+
+_FIELDS = {"benchmark": str, "metric": str, "split": str, "id": str, "value": float}
+
+
+def _instance(line: bytes, where: str) -> Instance:
+    """As `strict.parse` would, at a tenth of its time: a report reads hundreds of thousands of these."""
+    try:
+        data = json.loads(line)
+    except ValueError as error:
+        raise ResultError(f"{where}: not valid JSON ({error})") from error
+    fits = isinstance(data, dict) and {k: type(v) for k, v in data.items()} == _FIELDS
+    if not fits or not math.isfinite(data["value"]):
+        raise ResultError(f"{where}: not a per-instance value")
+    return Instance(**data)
+
+
+# ---------------------------------------------------------------------- what counts
+
+
+@dataclass(frozen=True)
+class FailedTicket:
+    """A ticket that ended without scores. `state` is ``failed`` or ``quarantine``; `attempts` counts hand-outs.
+
+    `run`, `suite`, `step` and `checkpoint` are empty (None) where not even the ticket can be read.
+    """
+
+    ticket: str
+    state: str
+    attempts: int
+    failure: Failure
+    run: str = ""
+    suite: str = ""
+    step: int | None = None
+    checkpoint: str = ""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """All that counts in a queue. `problems` says, a line each, which finished tickets have no readable result."""
+
+    results: tuple[Result, ...] = ()
+    failed: tuple[FailedTicket, ...] = ()
+    problems: tuple[str, ...] = ()
+
+
+def collect(queue_root: Path) -> Contents:
+    """Read every finished ticket's result: those that `done/` names, and the failures. Raises QueueError."""
+    results, problems = done(queue_root)
+    unfinished = [_failed(queue_root, token) for token in _tokens(queue_root, "failed", "quarantine")]
+    return Contents(tuple(results), tuple(f for f in unfinished if f is not None), tuple(problems))
+
+
+def done(queue_root: Path) -> tuple[list[Result], list[str]]:
+    """The results that tokens in `done/` name, and a line for each of these that is missing or unreadable.
+
+    Raises QueueError where there is no queue.
+    """
+    results, problems = [], []
+    for token in _tokens(queue_root, "done"):
+        try:
+            results.append(_of(queue_root, token))
+        except ResultError as error:
+            problems.append(f"ticket {token.ticket[:12]} is done, but {error}")
+    return results, problems
+
+
+def _tokens(queue_root: Path, *states: str) -> Iterator[Token]:
+    try:
+        yield from Queue(str(queue_root), runner="reader").tokens(*states)
+    except (FileNotFoundError, NotADirectoryError) as error:
+        raise QueueError(f"queue {queue_root}: is not there; start training or the runner, or mend `queue`") from error
+
+
+def _of(queue_root: Path, token: Token) -> Result:
+    path = queue_root / "results" / token.result_name
+    result = read(path)
+    if (result.ticket, result.generation, result.runner) != (token.ticket, token.generation, token.runner):
+        raise ResultError(f"{path / RECORD}: is the record of another attempt ({path_of(queue_root, result).name})")
+    return result
+
+
+def _failed(queue_root: Path, token: Token) -> FailedTicket | None:
+    """Why a ticket failed: by its last attempt's record, else by what is known. None if it was retried meanwhile."""
+    queue, attempts = Queue(str(queue_root), runner="reader"), token.generation + 1
+    if token.state == "quarantine":
+        failure = Failure("checkpoint", queue.reason(token) or "refused; no reason was left")
+        return FailedTicket(token.ticket, token.state, attempts, failure)
+    with contextlib.suppress(ResultError):
+        r = _of(queue_root, token)
+        failure = r.failure or Failure("transient", "the last attempt's record names no failure")
+        return FailedTicket(
+            token.ticket, token.state, attempts, failure, r.run.name or r.run.id, r.suite, r.step, r.checkpoint
+        )
+    failure = Failure("transient", f"no record of the last attempt: runner {token.runner} died or lost its lease")
+    try:
+        t = queue.read(token)
+    except FileNotFoundError:
+        return None
+    except (TicketError, OSError) as error:
+        return FailedTicket(token.ticket, token.state, attempts, Failure("checkpoint", str(error)))
+    run = t.manifest.run
+    return FailedTicket(
+        token.ticket, token.state, attempts, failure, run.name or run.id, t.suite, t.manifest.step, t.manifest.path
+    )

@@ -1,0 +1,306 @@
+"""The runner: claim → verify → evaluate → record → commit → publish, one ticket at a time.
+
+Read it from `Runner.run` downwards: a ticket's path is in order.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import signal
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from autoeval_hooks import fsio, pin
+from autoeval_hooks import ticket as tickets
+from autoeval_hooks.config import map_path
+from autoeval_hooks.errors import AutoEvalError, TicketError
+from autoeval_hooks.queue import Keeper, Queue, Token
+from autoeval_hooks.ticket import Ticket
+from eval_runner.checkpoints import huggingface
+from eval_runner.config.models import Config, Suite
+from eval_runner.evaluators.base import Evaluator, Job
+from eval_runner.lease import Lease
+from eval_runner.process import Stopped
+from eval_runner.progress import Progress
+from eval_runner.publisher import Publisher
+from eval_runner.results import store
+from eval_runner.results.schema import VERSION, Evaluation, Failure, Instance, Result
+from eval_runner.sinks.base import Sink
+
+log = logging.getLogger("autoeval")
+
+Mode = Literal["forever", "once", "drain"]
+
+RETRY_S = 30.0
+"""Pause of this runner before it takes a ticket again that failed here; doubled each time, up to `RETRY_MAX_S`."""
+RETRY_MAX_S = 900.0
+IDLE_S = (0.2, 5.0)
+"""Shortest and longest pause between two looks at an empty queue."""
+SETTLE_S = 300.0
+"""How long a runner that is done waits for late points to reach their run."""
+
+
+@dataclass
+class Tally:
+    """What a runner did: tickets by outcome."""
+
+    done: int = 0
+    failed: int = 0
+    returned: int = 0
+
+
+@dataclass
+class Runner:
+    """Evaluates the tickets of one queue by one configuration. `stop()` may be called from a signal handler."""
+
+    config: Config
+    evaluators: dict[str, list[Evaluator]]
+    """Suite → its evaluators, checked."""
+    sinks: dict[str, Sink]
+    progress: Progress
+    name: str = field(default_factory=fsio.unique)
+    tally: Tally = field(default_factory=Tally)
+
+    def __post_init__(self) -> None:
+        section = self.config.runner
+        self.queue = Queue(str(self.config.queue), runner=self.name)
+        self.queue.create()
+        (self.config.queue / "logs").mkdir(exist_ok=True)
+        self._keeper = Keeper(self.queue, lease=section.lease, max_failures=section.max_attempts)
+        self._swept_at = float("-inf")
+        self._not_before: dict[str, float] = {}
+        self._stop = threading.Event()
+
+    def stop(self) -> None:
+        """Give the ticket in hand back and end."""
+        self._stop.set()
+
+    # ------------------------------------------------------------------ the loop
+
+    def run(self, mode: Mode) -> bool:
+        """Evaluate: ``forever``, ``once`` (one ticket at most), or ``drain`` (until no ticket is pending).
+
+        True when what was finished could be shown everywhere; False when points still wait for their run.
+        """
+        with Lease(self.queue, self.config.runner.lease) as lease, Publisher(self.queue, self.sinks) as publisher:
+            pause = IDLE_S[0]
+            while not self._stop.is_set():
+                self._housekeeping()
+                token = self._claim(lease)
+                if token is not None:
+                    self._process(token, lease)
+                    publisher.wake()
+                    pause = IDLE_S[0]
+                elif mode == "drain" and not self._pending():
+                    break
+                if mode == "once":
+                    break
+                if token is None:
+                    self.progress.idle(self.tally.done, self.tally.failed)
+                    self._stop.wait(pause)
+                    pause = min(pause * 1.5, IDLE_S[1])
+            return self._settle(publisher, mode)
+
+    def _housekeeping(self) -> None:
+        now = time.monotonic()
+        if now - self._swept_at < self.config.runner.lease / 3:
+            return
+        self._swept_at = now
+        for token, became in self._keeper.sweep():
+            log.warning("ticket %s: runner %s is gone; the ticket is %s", token.ticket[:12], token.runner, became)
+
+    def _claim(self, lease: Lease) -> Token | None:
+        if not lease.held:
+            return None     # the shared file system does not answer: take nothing that we could not hold
+        now = time.monotonic()
+        return self.queue.claim(
+            newest_first=self.config.runner.order == "newest",
+            wanted=lambda token: self._not_before.get(token.ticket, now) <= now,
+        )
+
+    def _pending(self) -> bool:
+        return any(self._not_before.get(t.ticket, 0) != float("inf") for t in self.queue.tokens("pending"))
+
+    def _settle(self, publisher: Publisher, mode: Mode) -> bool:
+        if self._stop.is_set() or mode == "forever":
+            return True
+        self.progress.settling()
+        return publisher.settle(SETTLE_S)
+
+    # ------------------------------------------------------------------ one ticket
+
+    def _process(self, token: Token, lease: Lease) -> None:
+        """Take a claimed ticket to its next state. Whatever happens, it is never left claimed by a live runner."""
+        try:
+            ticket = self.queue.read(token)
+        except TicketError as error:
+            log.error("ticket %s refused: %s", token.ticket[:12], error)
+            self.queue.quarantine(token, str(error))
+            self.tally.failed += 1
+            return
+        except FileNotFoundError:
+            return      # the claim was reaped in the meantime
+        except OSError as error:
+            log.error("ticket %s cannot be read: %s", token.ticket[:12], error)
+            self._retry_later(token)
+            return
+        suite = self.config.suites.get(ticket.suite)
+        if suite is None:
+            log.warning(
+                "ticket %s: suite %r is not in %s; left for another runner",
+                token.ticket[:12], ticket.suite, self.config.path,
+            )  # fmt: skip
+            self._not_before[token.ticket] = float("inf")
+            self.queue.release(token, failed=False)
+            return
+        attempt = _Attempt(ticket, token, suite, time.time())
+        try:
+            if suite.digest != ticket.suite_digest:
+                self._refile(attempt)
+            else:
+                self._evaluate(attempt, lease)
+        except Stopped:
+            self.queue.release(token, failed=False)
+            self.tally.returned += 1
+            log.warning("ticket %s: given back unfinished", token.ticket[:12])
+        except AutoEvalError as error:
+            self._failed(attempt, Failure(error.kind, str(error)))
+        except Exception as error:
+            log.debug("unexpected", exc_info=True)
+            where = traceback.extract_tb(error.__traceback__)[-1]
+            self._failed(
+                attempt,
+                Failure("transient", f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"),
+            )
+
+    def _evaluate(self, attempt: _Attempt, lease: Lease) -> None:
+        """Verify, evaluate, verify again, and commit."""
+        ticket, token = attempt.ticket, attempt.token
+        section = self.config.runner
+        checkpoint = huggingface.verify(
+            ticket, self.config.path_map, allow_pickled_weights=section.allow_pickled_weights
+        )
+        evaluations: list[Evaluation] = []
+        with contextlib.ExitStack() as stack:
+            instances: list[Instance] = []
+            for i, evaluator in enumerate(self.evaluators[attempt.suite.name]):
+                kind = attempt.suite.evaluators[i]["type"]
+                work = Path(tempfile.mkdtemp(prefix=f"autoeval-{kind}-"))
+                stack.callback(shutil.rmtree, work, ignore_errors=True)
+                job = Job(
+                    path=checkpoint.path, tokenizer=checkpoint.tokenizer, name=_model_name(ticket), work_dir=work,
+                    log=self.config.queue / "logs" / f"{token.result_name}.{i}-{kind}.log",
+                    stopping=lambda: self._stop.is_set() or not lease.held,
+                    progress=self.progress.evaluation(ticket, kind),
+                )  # fmt: skip
+                outcome = evaluator.evaluate(job)
+                evaluations.append(outcome.evaluation)
+                instances.extend(outcome.instances)
+            checkpoint.unchanged()
+            result = attempt.result("ok", evaluations=tuple(evaluations))
+            store.write(self.config.queue, token.result_name, result, instances)
+        if not self.queue.complete(token):
+            log.warning("ticket %s: the lease was lost; this result does not count", token.ticket[:12])
+            return
+        self.tally.done += 1
+        self.progress.finished(result)
+        self._release_pin(ticket)
+
+    def _refile(self, attempt: _Attempt) -> None:
+        """The suite is defined otherwise here than when the ticket was made: file it under our definition."""
+        old = attempt.ticket
+        fresh = tickets.new(old.manifest, old.suite, attempt.suite.digest, attempt.suite.cadence.priority, old.pin)
+        new = self.queue.enqueue(fresh)
+        store.write(self.config.queue, attempt.token.result_name, attempt.result("refiled", refiled_as=fresh.id), ())
+        if not self.queue.complete(attempt.token):
+            return
+        log.info("ticket %s: suite %s has changed; filed again as %s", old.id[:12], old.suite, fresh.id[:12])
+        if not new and not self._uses_pin(fresh.id, old.pin):
+            self._release_pin(old)
+
+    def _failed(self, attempt: _Attempt, failure: Failure) -> None:
+        """Record why, then give the ticket another try or end it."""
+        token = attempt.token
+        result = attempt.result("failed", failure=failure)
+        with contextlib.suppress(OSError, AutoEvalError):     # a full disk must not keep the ticket from going back
+            store.write(self.config.queue, token.result_name, result, ())
+        if failure.kind == "transient":
+            became = self._retry_later(token)
+        else:
+            became = "failed" if self.queue.fail(token) else "lost"
+        self.tally.failed += became == "failed"
+        self.progress.failed(result, became)
+
+    def _retry_later(self, token: Token) -> str:
+        """Give a ticket back after a failure that may pass; ``failed`` once it had its attempts."""
+        self._not_before[token.ticket] = time.monotonic() + min(RETRY_S * 2**token.failures, RETRY_MAX_S)
+        return self.queue.release(token, failed=True, max_failures=self.config.runner.max_attempts)
+
+    # ------------------------------------------------------------------ pins
+
+    def _release_pin(self, ticket: Ticket) -> None:
+        if not ticket.pin:
+            return
+        try:
+            pin.release(map_path(ticket.pin, self.config.path_map))
+        except (OSError, AutoEvalError) as error:
+            log.warning("pin %s could not be freed: %s", ticket.pin, error)
+
+    def _uses_pin(self, ticket_id: str, path: str) -> bool:
+        """Whether an unfinished ticket of that id lives on this pin."""
+        for token in self.queue.tokens("pending", "claimed", "failed"):
+            if token.ticket == ticket_id:
+                return self.queue.read(token).pin == path
+        return False
+
+
+@dataclass(frozen=True)
+class _Attempt:
+    """A ticket in hand: what every record of it has in common."""
+
+    ticket: Ticket
+    token: Token
+    suite: Suite
+    started_at: float
+
+    def result(self, status: Literal["ok", "failed", "refiled"], **outcome: Any) -> Result:
+        m = self.ticket.manifest
+        return Result(
+            version=VERSION, ticket=self.ticket.id, generation=self.token.generation, runner=self.token.runner,
+            status=status, suite=self.suite.name, suite_digest=self.ticket.suite_digest, suite_text=self.suite.text,
+            run=m.run, checkpoint=m.path, checkpoint_digest=m.digest, step=m.step, tokens=m.tokens,
+            saved_at=m.saved_at, started_at=self.started_at, finished_at=time.time(), **outcome,
+        )  # fmt: skip
+
+
+def _model_name(ticket: Ticket) -> str:
+    """Unique for the weights: no cache of any evaluator can take another checkpoint's answers for this one's."""
+    m = ticket.manifest
+    return f"{Path(m.path).name}-{m.weights_digest[:16]}"
+
+
+@contextlib.contextmanager
+def stopped_by_signals(runner: Runner) -> Iterator[None]:
+    """SIGTERM and SIGINT give the ticket back; a second one ends the program at once, children first."""
+
+    def handle(number: int, frame: object) -> None:
+        if runner._stop.is_set():
+            raise SystemExit(128 + number)
+        log.warning("stopping: the ticket in hand is given back; signal again to end at once")
+        runner.stop()
+
+    before = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+

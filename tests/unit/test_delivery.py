@@ -1,0 +1,90 @@
+"""The background thread: order, retries, the deadline, and the guard around what training calls."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from autoeval_hooks import delivery
+from autoeval_hooks.delivery import Delivery, never_raise
+from autoeval_hooks.errors import CheckpointError
+
+
+def test_work_is_done_in_order_in_another_thread() -> None:
+    done: list[int] = []
+    threads: set[int] = set()
+    work = Delivery()
+    for i in range(20):
+        work.put(lambda i=i: (done.append(i), threads.add(threading.get_ident())), f"work {i}")
+    assert work.flush(5)
+    assert done == list(range(20))
+    assert threading.get_ident() not in threads
+
+
+def test_failing_work_is_tried_again_and_holds_nobody_up(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(delivery, "FIRST_PAUSE_S", 0.05)
+    log: list[str] = []
+
+    def flaky() -> None:
+        log.append("flaky")
+        if log.count("flaky") < 3:
+            raise OSError("disk full")
+
+    work = Delivery()
+    work.put(flaky, "the flaky one")
+    work.put(lambda: log.append("other"), "the other")
+    assert work.flush(5)            # everything was tried once: pins are made, whatever the queue does
+    assert log == ["flaky", "other"]
+    assert work.flush(5, retries=True)
+    assert log == ["flaky", "other", "flaky", "flaky"]
+    messages = [r.getMessage() for r in caplog.records]
+    assert "autoeval: the flaky one failed and will be tried again: disk full" in messages
+    assert "autoeval: the flaky one succeeded at try 3" in messages
+    assert len(messages) == 2
+
+
+def test_what_cannot_succeed_is_given_up_and_freed(caplog: pytest.LogCaptureFixture) -> None:
+    freed: list[int] = []
+
+    def hopeless() -> None:
+        raise CheckpointError("it is gone")
+
+    work = Delivery()
+    work.put(hopeless, "handing over x", lambda: freed.append(1))
+    assert work.flush(5, retries=True)
+    assert freed == [1]
+    assert [r.getMessage() for r in caplog.records] == ["autoeval: handing over x: given up: it is gone"]
+
+
+def test_a_hang_is_waited_for_once(caplog: pytest.LogCaptureFixture) -> None:
+    hang, after = threading.Event(), threading.Event()
+    work = Delivery()
+    work.put(lambda: hang.wait() and None, "hanging")
+    began = time.monotonic()
+    assert not work.flush(0.3)
+    assert 0.3 <= time.monotonic() - began < 2
+    began = time.monotonic()
+    assert not any(work.flush(0.3) for _ in range(50))
+    assert time.monotonic() - began < 0.25
+    assert len([r for r in caplog.records if "delivery is behind" in r.getMessage()]) == 1
+    work.put(after.set, "after")
+    hang.set()
+    assert after.wait(5)
+    assert work.flush(5)
+
+
+def test_the_guard_lets_only_interrupts_pass(caplog: pytest.LogCaptureFixture) -> None:
+    @never_raise
+    def raises(error: BaseException) -> None:
+        raise error
+
+    raises(ValueError("ours"))
+    raises(OSError(5, "I/O error"))
+    assert len(caplog.records) == 2
+    for error in (KeyboardInterrupt(), SystemExit(1)):
+        with pytest.raises(type(error)):
+            raises(error)

@@ -1,0 +1,141 @@
+"""Tickets and manifests as somebody else may have written them: everything odd is refused, nothing is executed."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from autoeval_hooks import ticket as tickets
+from autoeval_hooks.errors import TicketError
+from autoeval_hooks.ticket import Ticket
+
+MakeTicket = Callable[..., Ticket]
+
+
+def test_a_ticket_round_trips(new_ticket: MakeTicket) -> None:
+    ticket = new_ticket()
+    assert tickets.load(tickets.dump(ticket), "here") == ticket
+
+
+def change(ticket: Ticket, path: str, value: Any) -> bytes:
+    """The ticket's text with one value replaced, or one key added."""
+    data = json.loads(tickets.dump(ticket))
+    at = data
+    *parents, last = path.split(".")
+    for key in parents:
+        at = at[int(key)] if key.isdigit() else at[key]
+    at[int(last) if last.isdigit() else last] = value
+    return json.dumps(data).encode()
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        ("command", "rm -rf /", "command: unknown key"),
+        ("manifest.env", {"PATH": "/evil"}, "manifest.env: unknown key"),
+        ("manifest.step", True, "manifest.step: expected a whole number"),
+        ("manifest.step", -1, "negative"),
+        ("manifest.step", 10**30, "64 bits"),
+        ("manifest.step", "5", "expected a whole number"),
+        ("manifest.files.0.path", "../../etc/passwd", "would escape"),
+        ("manifest.files.0.path", "/etc/passwd", "would escape"),
+        ("manifest.files.0.path", "a//b", "would escape"),
+        ("manifest.files.0.digest", "0" * 64, "not that of its content"),
+        ("manifest.digest", "0" * 64, "not that of its content"),
+        ("manifest.digest", "Z" * 64, "64 hexadecimal"),
+        ("manifest.path", "relative", "not absolute"),
+        ("manifest.path", "/a/../b", "not absolute and plain"),
+        ("manifest.path", "", "no checkpoint path"),
+        ("manifest.path", "/a\0b", "no path or name may hold"),
+        ("manifest.tokenizer", "../tokenizer", "not absolute"),
+        ("manifest.saved_at", float("nan"), "not valid JSON"),
+        ("pin", "/home/you", "not under .autoeval/pins"),
+        ("pin", "/out/.autoeval/pins/../../..", "not absolute and plain"),
+        ("suite", "../../x", "is not a name"),
+        ("suite", "x" * 65, "is not a name"),
+        ("priority", 99, "priority 99"),
+        ("id", "0" * 64, "id is not that of its content"),
+        ("version", 2, "version 2"),
+        ("manifest.version", 7, "manifest 7"),
+        ("manifest.run.id", None, "expected text"),
+        ("manifest.files", {}, "expected a list"),
+    ],
+)
+def test_whatever_is_odd_is_refused(new_ticket: MakeTicket, path: str, value: Any, says: str) -> None:
+    with pytest.raises(TicketError, match=says):
+        tickets.load(change(new_ticket(), path, value), "here")
+
+
+def test_a_newer_version_is_named_as_such(new_ticket: MakeTicket) -> None:
+    data = json.loads(change(new_ticket(), "version", 9)) | {"new_field": 1}
+    with pytest.raises(TicketError, match="here: ticket version 9 was written by a newer autoeval; upgrade"):
+        tickets.load(json.dumps(data, separators=(",", ":")).encode(), "here")
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (b"", "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b"[]", "expected a mapping"),
+        (b'{"version": 1, "version": 1}', "a key stands twice"),
+        (b"x" * (tickets.MAX_BYTES + 1), "the limit is"),
+        (b"\xff\xfe", "not valid JSON"),
+        (b'{"version":' + b"[" * 20 + b"]" * 20 + b"}", "nested deeper"),
+    ],
+)
+def test_text_that_is_no_ticket(text: bytes, says: str) -> None:
+    with pytest.raises(TicketError, match=says):
+        tickets.load(text, "here")
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=20,
+)
+
+
+@given(text=st.binary(max_size=200) | JSON.map(lambda data: json.dumps(data).encode()))
+def test_no_text_does_more_than_be_refused(text: bytes) -> None:
+    with pytest.raises(TicketError):
+        tickets.load(text, "here")
+
+
+def _paths(data: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    items = data.items() if isinstance(data, dict) else enumerate(data) if isinstance(data, list) else ()
+    return [p for key, value in items for p in [(*path, key), *_paths(value, (*path, key))]]
+
+
+@settings(max_examples=200)
+@given(data=st.data())
+def test_one_changed_value_is_refused_or_harmless(data: st.DataObject) -> None:
+    """Whatever one value is changed to, the result is refused, or is a ticket of the same identity."""
+    original = BASE
+    text = json.loads(tickets.dump(original))
+    path = data.draw(st.sampled_from(_paths(text)))
+    at = changed = copy.deepcopy(text)
+    for key in path[:-1]:
+        at = at[key]
+    at[path[-1]] = data.draw(JSON)
+    try:
+        loaded = tickets.load(json.dumps(changed).encode(), "here")
+    except TicketError:
+        return
+    assert loaded.id == original.id
+    assert loaded.manifest.files == original.manifest.files or path[:2] == ("manifest", "files")
+
+
+def _base() -> Ticket:
+    from tests.unit.test_queue_machine import ticket_of
+
+    return ticket_of(7)
+
+
+BASE = _base()
