@@ -25,6 +25,7 @@ import errno
 import os
 import random
 import re
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -330,14 +331,18 @@ class Keeper:
         ]
 
     def _tidy(self, names: list[str]) -> None:
-        """Finish what a submitter registered and then died; remove what it never registered."""
+        """Finish what a submitter registered and then died; remove what nobody registered, such as half a result."""
         for name in names:
             token = Token.parse("pending", name.rpartition("~")[0])
             path = os.path.join(self.queue.root, "tmp", name)
-            with contextlib.suppress(FileNotFoundError, IsADirectoryError, PermissionError):
+            with contextlib.suppress(FileNotFoundError, PermissionError):
                 if token is not None and self.queue.ops.nlink(path) == 2:
                     self.queue._admit(path, token.name)
-                elif self._unchanged(f"tmp/{name}", b"") > ORPHAN_S:
+                elif self._unchanged(f"tmp/{name}", b"") <= ORPHAN_S:
+                    continue
+                elif os.path.isdir(path):
+                    shutil.rmtree(path)
+                else:
                     self.queue.ops.unlink(path)
 
     def _unchanged(self, key: str, content: bytes) -> float:

@@ -33,8 +33,8 @@ class Progress:
             handler = logging.StreamHandler(sys.stderr)
             handler.setFormatter(_JsonLines())
         self._handler = handler
-        log.setLevel(logging.DEBUG if verbose else logging.INFO)
-        log.propagate = False
+        self._level = logging.DEBUG if verbose else logging.INFO
+        self._before = (log.level, log.propagate)
         self._bar = Bar(
             TextColumn("{task.description}"), BarColumn(bar_width=30), TextColumn("{task.fields[what]}"),
             TimeElapsedColumn(), console=console, transient=True, disable=not self._live,
@@ -43,12 +43,15 @@ class Progress:
 
     def __enter__(self) -> Progress:
         log.addHandler(self._handler)
+        log.setLevel(self._level)
+        log.propagate = False
         self._bar.start()
         return self
 
     def __exit__(self, *exc: object) -> None:
         self._bar.stop()
         log.removeHandler(self._handler)
+        log.level, log.propagate = self._before
 
     def idle(self, done: int, failed: int) -> None:
         self._bar.update(

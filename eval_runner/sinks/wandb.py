@@ -257,7 +257,8 @@ class WandbSink:
             request = Request(
                 run=run, companion=companion, logs_by_step=by_step, offline=offline, points=tuple(taken),
                 logs=tuple(sorted(logs, key=lambda p: Path(p).parent.name)), logged=str(directory / "logged"),
-                directory=str(_parent(own) if offline else own), heartbeat=str(directory / "heartbeat"), heartbeat_seen=beat,
+                directory=str(_parent(own) if offline else own),
+                heartbeat=str(directory / "heartbeat"), heartbeat_seen=beat,
             )  # fmt: skip
             request.save(Path(scratch) / "request.json")
             output = directory / "writer.log"

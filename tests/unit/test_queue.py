@@ -234,14 +234,18 @@ def test_the_janitor_removes_only_what_nobody_registered_for_long(queue: Queue) 
     now = [0.0]
     orphan = Path(queue.root) / "tmp" / ("5-1-" + "a" * 64 + "~g0f0~host-1-abc")
     orphan.write_bytes(b"{}")
+    half = Path(queue.root) / "tmp" / "result-x"
+    half.mkdir()
+    (half / "result.json").write_text("{")
     keeper = Keeper(queue, lease=60, max_failures=3, clock=lambda: now[0])
     keeper.sweep()
     now[0] = queues.ORPHAN_S - 1
     keeper.sweep()
     assert orphan.exists()
+    assert half.exists()
     now[0] = queues.ORPHAN_S + 1
     keeper.sweep()
-    assert not orphan.exists()
+    assert os.listdir(half.parent) == []
 
 
 class LostReply(FileOps):

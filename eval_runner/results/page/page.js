@@ -51,8 +51,11 @@
     figure.querySelector(".direction").textContent = metric.direction;
     const axis = { gridcolor: grid, linecolor: grid, zeroline: false, exponentformat: "power", tickfont: { color: soft, size: 12 } };
     const lines = traces(metric);
-    const places = new Set(lines.flatMap((line) => line.x));
-    const single = places.size === 1 ? { tickmode: "array", tickvals: [...places] } : { nticks: 7 };
+    const places = lines.flatMap((line) => line.x);
+    const range = Math.max(...places) - Math.min(...places);
+    let ticks = { nticks: 7 };
+    if (range === 0) ticks = { tickmode: "array", tickvals: places.slice(0, 1) };
+    else if (state.axis === "step" && range < 7) ticks = { dtick: 1 };     // no tick between two steps
     const title = (text) => ({ text, font: { color: soft, size: 12 }, standoff: 8 });
     Plotly.react(figure.querySelector(".plot"), lines, {
       margin: { l: 52, r: 12, t: 10, b: 42 },
@@ -64,7 +67,7 @@
       plot_bgcolor: "rgba(0,0,0,0)",
       font: { family: getComputedStyle(document.body).fontFamily, color: css("--ink") },
       xaxis: {
-        ...axis, ...single,
+        ...axis, ...ticks,
         title: title(state.axis === "tokens" ? "tokens (billions)" : "step"),
         tickformat: state.axis === "tokens" ? "" : ",d",
       },
