@@ -76,7 +76,8 @@ class HookSection:
 
 @dataclass(frozen=True)
 class Cadence:
-    """When a suite is due. These keys say when, not what: they are no part of the suite's digest."""
+    """When a suite is due, and which goes first (`priority`, 9 before 0). These keys say when, not what: they are no
+    part of the suite's digest."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
     every_steps: Annotated[int, Range(1)] = 1

@@ -10,11 +10,13 @@ from collections.abc import Callable
 from importlib.metadata import EntryPoint, PackageNotFoundError, distribution, entry_points
 from typing import Any, Literal
 
+from autoeval_hooks import fsio
 from autoeval_hooks.errors import ConfigError
 from autoeval_hooks.strict import near
 from eval_runner import environments
 from eval_runner.config.models import Config, Suite
 from eval_runner.evaluators.base import Context, Evaluator
+from eval_runner.sinks import base as sinks
 from eval_runner.sinks.base import Sink
 
 Kind = Literal["evaluators", "servers", "checkpoints", "executors", "sinks"]
@@ -50,31 +52,50 @@ def get(kind: Kind, name: str, where: str) -> Any:
 
 def build_evaluators(config: Config, suite: Suite) -> list[Evaluator]:
     """The suite's evaluators, in its order. Raises one ConfigError with what is wrong with any of them."""
-    return _build("evaluators", config, suite.evaluators, f"suites.{suite.name}.evaluators")
 
-
-def build_sinks(config: Config) -> list[Sink]:
-    """The configuration's sinks, in its order. Raises one ConfigError with what is wrong with any of them."""
-    return _build("sinks", config, config.sinks, "sinks")
-
-
-def _build(kind: Kind, config: Config, entries: list[dict[str, Any]], key: str) -> list[Any]:
-    built, errors = [], []
-    for i, entry in enumerate(entries):
-        context = Context(
+    def context(where: str) -> Context:
+        return Context(
             base_dir=config.path.parent,
             environments=config.environments or environments.default_root(),
-            where=f"{key}[{i}]",
+            where=where,
             config_file=str(config.path),
-            queue=config.queue,
-            path_map=config.path_map,
         )
+
+    return _build("evaluators", config, suite.evaluators, f"suites.{suite.name}.evaluators", context)
+
+
+def build_sinks(
+    config: Config, runner: str = "", stopping: Callable[[], bool] = lambda: False
+) -> list[Sink]:
+    """The configuration's sinks, in its order. Raises one ConfigError with what is wrong with any of them.
+
+    `runner` is the runner's name (without one, a unique one is made), `stopping` is true once it must end.
+    """
+    name = runner or fsio.unique()
+
+    def context(where: str) -> sinks.Context:
+        return sinks.Context(
+            queue=config.queue,
+            runner=name,
+            where=where,
+            config_file=str(config.path),
+            path_map=config.path_map,
+            stopping=stopping,
+        )
+
+    return _build("sinks", config, config.sinks, "sinks", context)
+
+
+def _build(
+    kind: Kind, config: Config, entries: list[dict[str, Any]], key: str, context: Callable[[str], Any]
+) -> list[Any]:
+    built, errors = [], []
+    for i, entry in enumerate(entries):
+        where = f"{key}[{i}]"
         settings = {name: value for name, value in entry.items() if name != "type"}
         try:
-            make: Callable[[dict[str, Any], Context], Any] = get(
-                kind, entry["type"], f"{config.path}: {context.where}.type"
-            )
-            built.append(make(settings, context))
+            make = get(kind, entry["type"], f"{config.path}: {where}.type")
+            built.append(make(settings, context(where)))
         except ConfigError as error:
             errors.append(str(error))
     if errors:

@@ -59,7 +59,7 @@ class Tally:
 
 @dataclass
 class Runner:
-    """Evaluates the tickets of one queue by one configuration. `stop()` may be called from a signal handler."""
+    """Evaluates the tickets of one queue by one configuration."""
 
     config: Config
     evaluators: dict[str, list[Evaluator]]
@@ -67,6 +67,8 @@ class Runner:
     sinks: dict[str, Sink]
     progress: Progress
     name: str = field(default_factory=fsio.unique)
+    stopped: threading.Event = field(default_factory=threading.Event)
+    """Set it to have the ticket in hand given back and `run` return."""
     tally: Tally = field(default_factory=Tally)
 
     def __post_init__(self) -> None:
@@ -77,11 +79,6 @@ class Runner:
         self._keeper = Keeper(self.queue, lease=section.lease, max_failures=section.max_attempts)
         self._swept_at = float("-inf")
         self._not_before: dict[str, float] = {}
-        self._stop = threading.Event()
-
-    def stop(self) -> None:
-        """Give the ticket in hand back and end."""
-        self._stop.set()
 
     # ------------------------------------------------------------------ the loop
 
@@ -92,7 +89,7 @@ class Runner:
         """
         with Lease(self.queue, self.config.runner.lease) as lease, Publisher(self.queue, self.sinks) as publisher:
             pause = IDLE_S[0]
-            while not self._stop.is_set():
+            while not self.stopped.is_set():
                 self._housekeeping()
                 token = self._claim(lease)
                 if token is not None:
@@ -105,7 +102,7 @@ class Runner:
                     break
                 if token is None:
                     self.progress.idle(self.tally.done, self.tally.failed)
-                    self._stop.wait(pause)
+                    self.stopped.wait(pause)
                     pause = min(pause * 1.5, IDLE_S[1])
             return self._settle(publisher, mode)
 
@@ -130,7 +127,7 @@ class Runner:
         return any(self._not_before.get(t.ticket, 0) != float("inf") for t in self.queue.tokens("pending"))
 
     def _settle(self, publisher: Publisher, mode: Mode) -> bool:
-        if self._stop.is_set() or mode == "forever":
+        if self.stopped.is_set() or mode == "forever":
             return True
         self.progress.settling()
         return publisher.settle(SETTLE_S)
@@ -198,7 +195,7 @@ class Runner:
                 job = Job(
                     path=checkpoint.path, tokenizer=checkpoint.tokenizer, name=_model_name(ticket), work_dir=work,
                     log=self.config.queue / "logs" / f"{token.result_name}.{i}-{kind}.log",
-                    stopping=lambda: self._stop.is_set() or not lease.held,
+                    stopping=lambda: self.stopped.is_set() or not lease.held,
                     progress=self.progress.evaluation(ticket, kind),
                 )  # fmt: skip
                 outcome = evaluator.evaluate(job)
@@ -292,10 +289,10 @@ def stopped_by_signals(runner: Runner) -> Iterator[None]:
     """SIGTERM and SIGINT give the ticket back; a second one ends the program at once, children first."""
 
     def handle(number: int, frame: object) -> None:
-        if runner._stop.is_set():
+        if runner.stopped.is_set():
             raise SystemExit(128 + number)
         log.warning("stopping: the ticket in hand is given back; signal again to end at once")
-        runner.stop()
+        runner.stopped.set()
 
     before = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
     try:

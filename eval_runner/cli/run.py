@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+import threading
 
 import click
 
+from autoeval_hooks import fsio
 from eval_runner import config as configs
 from eval_runner import registry
 from eval_runner.cli.options import config_option
@@ -30,9 +32,10 @@ def run(config_file: str, mode: Mode | None, verbose: bool) -> None:
         evaluators = {name: registry.build_evaluators(config, suite) for name, suite in config.suites.items()}
         for evaluator in (e for suite in evaluators.values() for e in suite):
             evaluator.check()
-        sinks = registry.build_sinks(config)
+        name, stopped = fsio.unique(), threading.Event()
+        sinks = registry.build_sinks(config, name, stopped.is_set)
         named = {f"{i}-{entry['type']}": sink for i, (entry, sink) in enumerate(zip(config.sinks, sinks, strict=True))}
-        runner = Runner(config, evaluators, named, progress)
+        runner = Runner(config, evaluators, named, progress, name, stopped)
         with stopped_by_signals(runner):
             settled = runner.run(mode or "forever")
     if runner.tally.failed:

@@ -26,13 +26,11 @@ _WORDS = {
     "greater_than": "must be more than {gt:g}, found {found}",
     "greater_than_equal": "must be at least {ge:g}, found {found}",
     "less_than_equal": "must be at most {le:g}, found {found}",
-    "missing": "missing",
-    "string_too_short": "is empty",
-    "too_short": "is empty",
     "extra_forbidden": "unknown key{near}",
     "unexpected_keyword_argument": "unknown key{near}",
 }
-"""What pydantic finds, by its name for it, in the words that the training side uses for the same."""
+"""What pydantic finds, by its name for it, in the words that the training side uses for the same. What is missing
+or empty is not here: the checks that both sides share have said it by then."""
 
 
 def load(path: str | os.PathLike[str]) -> Config:

@@ -55,7 +55,7 @@ class Evaluator(Protocol):
 
 @dataclass(frozen=True)
 class Context:
-    """What an evaluator or a sink may know of its runner; every path is one of this host."""
+    """What an evaluator may know of its runner; every path is one of this host."""
 
     base_dir: Path
     """The directory of autoeval.yaml."""
@@ -65,7 +65,3 @@ class Context:
     """The key path of the settings, for messages: ``suites.quick.evaluators[0]``."""
     config_file: str = ""
     """The file that the settings stand in, for messages."""
-    queue: Path = Path()
-    """The queue's directory."""
-    path_map: dict[str, str] = field(default_factory=dict)
-    """Training-host prefix → ours, for paths that a manifest names."""
