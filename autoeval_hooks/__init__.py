@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from autoeval_hooks.errors import AutoEvalError, CheckpointError, ConfigError, QueueError, TicketError
-    from autoeval_hooks.huggingface import AutoEvalCallback
     from autoeval_hooks.handover import submit
+    from autoeval_hooks.huggingface import AutoEvalCallback
 
 __version__ = "0.1.0"
 

@@ -15,10 +15,10 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from autoeval_hooks import config as configs
 from autoeval_hooks.delivery import Delivery, log, never_raise
 from autoeval_hooks.errors import CheckpointError
+from autoeval_hooks.handover import Handover, Save, due, file_system_time, training_id
 from autoeval_hooks.queue import Queue
 from autoeval_hooks.relay import Relay
 from autoeval_hooks.run_identity import RunIdentity, current
-from autoeval_hooks.handover import Handover, Save, due, file_system_time, training_id
 
 END_DEADLINE_S = 30.0
 """How long the end of training waits for what is still on its way."""

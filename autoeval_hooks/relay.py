@@ -222,12 +222,22 @@ class Relay:
     def _announce(self) -> None:
         for name in ("", "points", "taken", "logged"):
             os.makedirs(os.path.join(self._dir, name), exist_ok=True)
+        # Our own file under the name: the descriptor tells us when another process puts its file there.
         path = os.path.join(self._dir, "heartbeat")
-        fsio.replace(path, f"{self._incarnation} {0:020d}\n".encode())
-        fsio.replace(os.path.join(self._dir, "run.json"), encode(self._announcement))
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(os.path.join(self._dir, "closed"))  # it goes on after all
-        self._heartbeat = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        fd = fsio.FileOps().create(f"{path}.{self._incarnation}")
+        try:
+            os.pwrite(fd, f"{self._incarnation} {0:020d}\n".encode(), 0)
+            os.fsync(fd)
+            os.rename(f"{path}.{self._incarnation}", path)
+            fsio.replace(os.path.join(self._dir, "run.json"), encode(self._announcement))
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(os.path.join(self._dir, "closed"))  # it goes on after all
+        except BaseException:
+            os.close(fd)
+            with contextlib.suppress(OSError):
+                os.unlink(f"{path}.{self._incarnation}")
+            raise
+        self._heartbeat = fd
 
     def _load(self) -> None:
         """Bring new points into memory, their metrics defined: neither a file nor a definition costs training."""

@@ -19,7 +19,6 @@ import errno
 import json
 import os
 import re
-import stat
 import time
 from dataclasses import asdict, dataclass
 from typing import TypeVar
@@ -111,8 +110,6 @@ def read_point(directory: str, name: str) -> Point:
     if not _ID.fullmatch(name.removesuffix(".json")) or not name.endswith(".json"):
         raise TicketError(f"{name}: not the name of a point")
     try:
-        if not stat.S_ISREG(os.lstat(path).st_mode):
-            raise TicketError(f"{name}: not a regular file")
         data = fsio.FileOps().read(path, POINT_BYTES)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):

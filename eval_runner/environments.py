@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -73,8 +74,8 @@ def listing(root: Path) -> list[Listed]:
         return []
     found = []
     for path in sorted(root.iterdir()):
-        name = path.name.rpartition("-")[0]
-        if name in KINDS and path.is_dir():
+        name, _, digest = path.name.rpartition("-")
+        if name in KINDS and re.fullmatch("[0-9a-f]{12}", digest) and path.is_dir():
             found.append(Listed(name, path, (path / COMPLETE).exists(), path == location(name, root)))
     return found
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import shutil
 import signal
 import tempfile
@@ -44,7 +45,7 @@ RETRY_S = 30.0
 RETRY_MAX_S = 900.0
 IDLE_S = (0.2, 5.0)
 """Shortest and longest pause between two looks at an empty queue."""
-SETTLE_S = 300.0
+SETTLE_S = 180.0
 """How long a runner that is done waits for late points to reach their run."""
 
 
@@ -281,7 +282,8 @@ class _Attempt:
 def _model_name(ticket: Ticket) -> str:
     """Unique for the weights: no cache of any evaluator can take another checkpoint's answers for this one's."""
     m = ticket.manifest
-    return f"{Path(m.path).name}-{m.weights_digest[:16]}"
+    readable = re.sub(r"[^A-Za-z0-9._-]", "-", Path(m.path).name).lstrip(".-")[:80]
+    return f"{readable or 'checkpoint'}-{m.weights_digest[:16]}"
 
 
 @contextlib.contextmanager

@@ -16,7 +16,6 @@ from eval_runner import config as configs
 from eval_runner import status as statuses
 from eval_runner.cli.options import config_option
 
-
 WIDE = 1000
 """Columns of a table that no terminal shows: a script gets each ticket on one line."""
 

@@ -28,7 +28,11 @@ class Score:
 
 @dataclass(frozen=True)
 class Instance:
-    """One per-instance value of one score, for paired tests: `id` is the same for equal data in any checkpoint."""
+    """One per-instance value of one score, for paired tests: `id` is the same for equal data in any checkpoint.
+
+    The mean over a score's instances is the score. Where the score is a ratio of sums, such as bits per byte, the
+    value is what `statistics.ratio_values` says.
+    """
 
     benchmark: str
     metric: str

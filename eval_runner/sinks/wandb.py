@@ -319,9 +319,10 @@ def close_run(queue: Path, name: str) -> str:
         if directory.is_dir():
             known[directory.name] = {directory.name, *_names(directory)}
     found = [key for key, names in known.items() if name in names]
-    if len(found) != 1:
-        problem = f"are {len(found)} runs called" if found else "is no run called"
-        raise ConfigError(f"{root}: there {problem} {name!r}{strict.near(name, found or known)}")
+    if not found:
+        raise ConfigError(f"{root}: there is no run called {name!r}{strict.near(name, set().union(*known.values()))}")
+    if len(found) > 1:
+        raise ConfigError(f"{root}: there are {len(found)} runs called {name!r}; name one of {', '.join(found)}")
     (root / found[0] / "closed").touch()
     return found[0]
 

@@ -11,9 +11,9 @@ import pytest
 from autoeval_hooks import __main__ as command
 from autoeval_hooks import pin
 from autoeval_hooks.config import load
+from autoeval_hooks.handover import Handover, Save, training_id
 from autoeval_hooks.queue import Queue
 from autoeval_hooks.run_identity import RunIdentity
-from autoeval_hooks.handover import Handover, Save, training_id
 
 MakeCheckpoint = Callable[..., Path]
 

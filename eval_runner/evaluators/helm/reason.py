@@ -51,5 +51,5 @@ def _text(log: Path) -> str:
 
 def _short(text: str) -> str:
     """Without the request that HELM quotes in full, and of a length to read."""
-    text = text.partition(" Request: Request(")[0]
+    text = re.split(r" Request: Request\(| for RequestState: ", text, maxsplit=1)[0]
     return text if len(text) <= 300 else text[:300] + "…"

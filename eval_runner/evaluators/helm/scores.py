@@ -17,6 +17,7 @@ from typing import Any
 from autoeval_hooks.errors import AutoEvalError, CheckpointError, ConfigError
 from autoeval_hooks.strict import near
 from eval_runner.results.schema import Instance, Score
+from eval_runner.results.statistics import mean_stderr, ratio_stderr, ratio_values
 
 Rows = list[dict[str, Any]]
 
@@ -64,29 +65,6 @@ def read(
     )
 
 
-def mean_stderr(values: list[float]) -> float | None:
-    """Standard error of the mean, from the sample's standard deviation (n - 1); None for fewer than two."""
-    n = len(values)
-    if n < 2:
-        return None
-    mean = math.fsum(values) / n
-    return math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1) / n)
-
-
-def ratio_stderr(tops: list[float], bottoms: list[float]) -> float | None:
-    """Standard error of sum(tops) / sum(bottoms) over independent pairs, by the delta method.
-
-    W. G. Cochran, Sampling Techniques (3rd ed., 1977), section 6.4: the residuals top - ratio * bottom
-    take the place of the deviations from a mean.
-    """
-    n, total = len(tops), math.fsum(bottoms)
-    if n < 2 or total <= 0:
-        return None
-    ratio = math.fsum(tops) / total
-    squares = math.fsum((t - ratio * b) ** 2 for t, b in zip(tops, bottoms, strict=True))
-    return math.sqrt(n / (n - 1) * squares) / total
-
-
 def _load(path: Path) -> Rows:
     try:
         data: Rows = json.loads(path.read_text(encoding="utf-8"))
@@ -124,11 +102,10 @@ def _instances(per_instance: Rows, metric: str, split: str, value: float) -> tup
         bits = [-nats[key] / math.log(2) for key in ids]
         sizes = [size[key] for key in ids]
         if ids and close(math.fsum(bits) / math.fsum(sizes)):
-            each = [b / s for b, s in zip(bits, sizes, strict=True)]
-            return dict(zip(ids, each, strict=True)), ratio_stderr(bits, sizes)
+            return dict(zip(ids, ratio_values(bits, sizes), strict=True)), ratio_stderr(bits, sizes)[1]
     values = _per_instance(per_instance, metric, split, lambda trials: math.fsum(trials) / len(trials))
     if values and close(math.fsum(values.values()) / len(values)):
-        return values, mean_stderr(list(values.values()))
+        return values, mean_stderr(list(values.values()))[1]
     return {}, None
 
 
