@@ -48,34 +48,45 @@ class Delivery:
         """Have `work` done. Takes microseconds. `what` names it in warnings."""
         with self._changed:
             self._items.append(_Item(work, what, abandon))
-            if self._thread is None:
-                self._thread = threading.Thread(target=self._loop, name="autoeval-delivery", daemon=True)
-                self._thread.start()
+            if self._thread is None or not self._thread.is_alive():     # a fork leaves no thread in the child
+                thread = threading.Thread(target=self._loop, name="autoeval-delivery", daemon=True)
+                thread.start()
+                self._thread = thread
             self._changed.notify_all()
 
-    def flush(self, deadline: float, *, retries: bool = False) -> bool:
-        """Wait at most `deadline` seconds until everything was tried (with `retries`: until it is done or given up).
+    def flush(self, deadline: float) -> bool:
+        """Wait at most `deadline` seconds until everything was tried; False when time was up.
 
         A file system that hangs is waited for once: until something moves again, later calls return at once.
         """
-        end = time.monotonic() + deadline
         with self._changed:
-            if self._stalled_at == self._progress and self._waiting(retries):
+            if self._stalled_at == self._progress and self._untried():
                 return False
-            while self._waiting(retries):
-                left = end - time.monotonic()
-                if left <= 0:
-                    self._stalled_at = self._progress
-                    log.warning(
-                        "autoeval: delivery is behind by %d checkpoint(s) after %.1f s (slow or hanging file system?); "
-                        "training goes on, delivery too", len(self._items) + self._busy, deadline,
-                    )  # fmt: skip
-                    return False
-                self._changed.wait(left)
+            end = time.monotonic() + deadline
+            if not self._changed.wait_for(lambda: not self._untried(), end - time.monotonic()):
+                self._stalled_at = self._progress
+                log.warning(
+                    "autoeval: delivery is behind by %d checkpoint(s) after %.1f s (slow or hanging file system?); "
+                    "training goes on, delivery too", len(self._items) + self._busy, deadline,
+                )  # fmt: skip
+                return False
         return True
 
-    def _waiting(self, retries: bool) -> bool:
-        return self._busy or any(retries or not item.tries for item in self._items)
+    def finish(self, patience: float) -> bool:
+        """Wait until everything is done, as long as something is finished at least every `patience` seconds."""
+        with self._changed:
+            while self._busy or self._items:
+                if not self._changed.wait_for(self._moved_since(self._progress), patience):
+                    return False
+                if not self._busy and all(item.tries for item in self._items):
+                    return self._changed.wait_for(lambda: not self._items and not self._busy, patience)
+        return True
+
+    def _moved_since(self, progress: int) -> Callable[[], bool]:
+        return lambda: self._progress != progress
+
+    def _untried(self) -> bool:
+        return self._busy or any(not item.tries for item in self._items)
 
     def _loop(self) -> None:
         while True:

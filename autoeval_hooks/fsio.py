@@ -38,7 +38,7 @@ class FileOps:
 
     def nlink(self, path: str) -> int:
         """Number of names of a file, read through an open so that no attribute cache answers."""
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         try:
             return os.fstat(fd).st_nlink
         finally:

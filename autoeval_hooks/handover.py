@@ -7,16 +7,18 @@ may delete the checkpoint at any moment. It blocks on the file system; `delivery
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import time
 import uuid
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
 
 from autoeval_hooks import config as configs
-from autoeval_hooks import fsio, manifest, pin, ticket
+from autoeval_hooks import fsio, manifest, pin, strict, ticket
 from autoeval_hooks.config import HookConfig
-from autoeval_hooks.errors import CheckpointError, ConfigError, QueueError
+from autoeval_hooks.errors import AutoEvalError, CheckpointError, ConfigError
 from autoeval_hooks.manifest import Manifest
 from autoeval_hooks.queue import Queue
 from autoeval_hooks.run_identity import RunIdentity, current
@@ -24,7 +26,7 @@ from autoeval_hooks.strict import near
 
 log = logging.getLogger("autoeval")
 
-OURS = ".autoeval"
+OURS = os.path.dirname(ticket.PINS)
 """Our directory beside the checkpoints of one output directory."""
 
 
@@ -90,7 +92,7 @@ class Handover:
         way, path = self.config.hook.pin, self.save.path
         if way == "none":
             return ""
-        if pin.count(path) >= self.config.hook.max_pins:
+        if len(pin.existing(path)) >= self.config.hook.max_pins:
             log.warning(
                 "autoeval: %s is not pinned: %s holds hook.max_pins = %d pins already; it is lost if retention deletes "
                 "it before it is evaluated", path, pin.pins_dir(path), self.config.hook.max_pins,
@@ -134,6 +136,10 @@ def submit(
     """
     settings = configs.load(config)
     where = os.path.abspath(path)
+    if not os.path.isdir(where):
+        raise CheckpointError(f"{where}: not a directory; name the checkpoint's own")
+    if step < 0:
+        raise ConfigError(f"--step: {step} is less than 0; give the step that the checkpoint was saved at")
     for name in suites:
         if name not in settings.suites:
             raise ConfigError(f"{settings.path}: suites.{name}: not defined{near(name, settings.suites)}")
@@ -141,21 +147,71 @@ def submit(
     if not names:
         raise ConfigError(f"{settings.path}: no suite is due at step {step}; name one with --suite")
     queue = Queue(settings.queue)
-    queue.create()
-    section = settings.run
-    if tokens is None and section.tokens_per_step is not None:
-        tokens = section.tokens_per_step * step
-    run = run or current("", name=section.name or "", project=section.project or "", entity=section.entity or "")
-    if not run.id:
-        own = training_id(os.path.dirname(where), resumed=True)
-        run = replace(run, id=own, name=run.name or own)
-    handover = Handover(settings, queue, Save(where, step, run, time.time(), tokens=tokens), names)
+    if tokens is None and settings.run.tokens_per_step is not None:
+        tokens = settings.run.tokens_per_step * step
     try:
-        handover.run()
+        queue.create()
+        run = run or _run_of(where, settings)
+        handover = Handover(settings, queue, Save(where, step, run, time.time(), tokens=tokens), names)
+        with abandoned_on_failure(handover):
+            handover.run()
     except OSError as error:
-        handover.abandon()
-        raise QueueError(f"{where}: not handed over to {settings.queue}: {error}") from error
+        raise AutoEvalError(f"{where}: not handed over to {settings.queue}: {error}; try again") from error
     return handover.tickets
+
+
+@contextlib.contextmanager
+def abandoned_on_failure(handover: Handover) -> Iterator[None]:
+    """For a hand-over that nobody tries again."""
+    try:
+        yield
+    except BaseException:
+        handover.abandon()
+        raise
+
+
+def _run_of(checkpoint: str, settings: HookConfig) -> RunIdentity:
+    """The run that a checkpoint given by hand belongs to: the one that is open here, else its directory's."""
+    output_dir = os.path.dirname(checkpoint)
+    own = training_id(output_dir, resumed=True)
+    run = identity(settings)
+    if not run.wandb_id:
+        run = remembered(output_dir) or run
+    return replace(run, id=own, name=run.name or own)
+
+
+def identity(settings: HookConfig) -> RunIdentity:
+    """The run as the configuration and the W&B run open in this process name it, without our own id yet."""
+    section = settings.run
+    return current("", name=section.name or "", project=section.project or "", entity=section.entity or "")
+
+
+def remember(output_dir: str, run: RunIdentity) -> None:
+    """Note which run trains in an output directory, for what is submitted by hand later."""
+    fsio.replace(os.path.join(output_dir, OURS, "run.json"), json.dumps(asdict(run)).encode())
+
+
+def remembered(output_dir: str) -> RunIdentity | None:
+    """What `remember` noted; None where it cannot be read."""
+    try:
+        text = fsio.FileOps().read(os.path.join(output_dir, OURS, "run.json"), 1 << 16)
+    except OSError:
+        return None
+    return strict.parse(RunIdentity, text, "run.json", [], max_bytes=1 << 16)
+
+
+def tidy_pins(queue: Queue, output_dir: str) -> None:
+    """Free pins that were left behind: those whose ticket is done while no other lives on them, and unfinished
+    ones of processes of this host that are gone."""
+    pins = pin.existing(os.path.join(output_dir, "checkpoint"))
+    done = {token.ticket for token in queue.tokens("done")}
+    candidates = [p for p in pins if os.path.basename(p) in done]
+    if candidates:
+        # A ticket that was filed again under a changed suite lives on its predecessor's pin.
+        live = {os.path.realpath(queue.ticket(t.ticket).pin) for t in queue.tokens("pending", "claimed", "failed")}
+        candidates = [p for p in candidates if os.path.realpath(p) not in live]
+    for path in [*candidates, *(p for p in pins if pin.orphaned(p))]:
+        pin.release(path)
 
 
 def training_id(output_dir: str, *, resumed: bool) -> str:
@@ -170,6 +226,14 @@ def training_id(output_dir: str, *, resumed: bool) -> str:
     os.makedirs(os.path.dirname(path), exist_ok=True)
     fsio.replace(path, fresh.encode())
     return fresh
+
+
+def began_ns(output_dir: str) -> int | None:
+    """When the training in an output directory was first seen, by the clock that stamps its files; None if never."""
+    try:
+        return os.stat(os.path.join(output_dir, OURS, "run_id")).st_mtime_ns
+    except FileNotFoundError:
+        return None
 
 
 def file_system_time(output_dir: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import json
 import os
@@ -15,13 +16,22 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from autoeval_hooks import config as configs
 from autoeval_hooks.delivery import Delivery, log, never_raise
 from autoeval_hooks.errors import CheckpointError
-from autoeval_hooks.handover import Handover, Save, due, file_system_time, training_id
+from autoeval_hooks.handover import (
+    Handover,
+    Save,
+    abandoned_on_failure,
+    began_ns,
+    due,
+    file_system_time,
+    identity,
+    remember,
+    tidy_pins,
+    training_id,
+)
 from autoeval_hooks.queue import Queue
 from autoeval_hooks.relay import Relay
-from autoeval_hooks.run_identity import RunIdentity, current
+from autoeval_hooks.run_identity import RunIdentity
 
-END_DEADLINE_S = 30.0
-"""How long the end of training waits for what is still on its way."""
 _CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
@@ -40,11 +50,16 @@ class AutoEvalCallback(TrainerCallback):
     """
 
     def __init__(self, config: str | os.PathLike[str], **overrides: Any) -> None:
+        self._arguments = (os.path.abspath(config), overrides)
         self._config = configs.load(config, **overrides)
         self._queue = Queue(self._config.queue)
         self._delivery = Delivery()
-        self._relay: Relay | None = None
         self._training: _Training | None = None
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copied and pickled by its arguments, as hyper-parameter search does with a Trainer's callbacks."""
+        path, overrides = self._arguments
+        return functools.partial(AutoEvalCallback, **overrides), (path,)
 
     @never_raise
     def on_train_begin(
@@ -52,23 +67,10 @@ class AutoEvalCallback(TrainerCallback):
     ) -> None:
         if not state.is_world_process_zero:
             return
-        self._training, self._relay = None, None
-        output_dir, resumed_at, last_step = _output_dir(args), state.global_step, state.max_steps
-        identity = self._identity()
-
-        def begin() -> None:
-            self._training = _Training(
-                training_id(output_dir, resumed=resumed_at > 0), file_system_time(output_dir), last_step
-            )
-
-        def open_queue() -> None:
-            self._queue.create()
-            self._start_relay(identity)
-            if resumed_at:
-                self._reconcile(output_dir, identity, range(resumed_at + 1), since_ns=0)
-
-        self._delivery.put(begin, f"starting in {output_dir}")
-        self._delivery.put(open_queue, f"opening the queue {self._config.queue}")
+        training = self._training = _Training(_output_dir(args), state.global_step, state.max_steps)
+        run = identity(self._config)
+        self._delivery.put(lambda: training.begin(run), f"starting in {training.output_dir}")
+        self._delivery.put(lambda: self._open(training, run), f"opening the queue {self._config.queue}")
 
     @never_raise
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -79,110 +81,127 @@ class AutoEvalCallback(TrainerCallback):
 
     @never_raise
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if not state.is_world_process_zero:
+        step, training = state.global_step, self._training
+        if training is None or not state.is_world_process_zero:
             return
-        step, output_dir = state.global_step, _output_dir(args)
         suites = due(self._config, step)
         if not suites:
             return
         per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
         save = Save(
-            path=os.path.join(output_dir, f"checkpoint-{step}"), step=step, run=self._identity(),
+            path=os.path.join(training.output_dir, f"checkpoint-{step}"), step=step, run=identity(self._config),
             saved_at=time.time(), samples=per_step * step,
             tokens=_tokens(state.num_input_tokens_seen, step, self._config.run.tokens_per_step),
         )  # fmt: skip
-        self._hand_over(save, suites, search=bool(state.is_hyper_param_search))
+        self._hand_over(training, save, suites, search=bool(state.is_hyper_param_search))
 
     @never_raise
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if self._relay is not None:
-            self._relay.on_log()
+        if self._training is not None and self._training.relay is not None:
+            self._training.relay.on_log()
 
     @never_raise
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        if not state.is_world_process_zero:
+        training, step, patience = self._training, state.global_step, self._config.hook.deadline
+        if training is None or not state.is_world_process_zero:
             return
-        output_dir, step = _output_dir(args), state.global_step
-        identity = self._identity()
-
-        def reconcile() -> None:
-            self._reconcile(output_dir, identity, range(step + 1), since_ns=self._known().began_ns)
-
-        self._delivery.put(reconcile, f"looking for checkpoints without a ticket in {output_dir}")
-        if not self._delivery.flush(max(END_DEADLINE_S, self._config.hook.deadline), retries=True):
+        run = identity(self._config)
+        self._delivery.put(
+            lambda: self._reconcile(training, run, range(step + 1), since_ns=training.began_ns),
+            f"looking for checkpoints without a ticket in {training.output_dir}",
+        )
+        finished = self._delivery.finish(patience)
+        if not finished:
             log.warning(
                 "autoeval: not every checkpoint was handed over when training ended; see the warnings above, then run "
                 "`python -m autoeval_hooks submit CHECKPOINT --step N --config %s`", self._config.path,
             )  # fmt: skip
-        if self._relay is not None:
-            self._relay.end(step)
+        if training.relay is not None:
+            training.relay.end(step, patience if finished else 0.0)
 
-    # ---------------------------------------------------------------- in the training thread
+    # ---------------------------------------------------------------- in the background, but for the first line
 
-    def _identity(self) -> RunIdentity:
-        """The run as the configuration and W&B name it; the training's own id is added in the background."""
-        section = self._config.run
-        return current("", name=section.name or "", project=section.project or "", entity=section.entity or "")
-
-    def _hand_over(self, save: Save, suites: tuple[str, ...], *, search: bool) -> None:
+    def _hand_over(self, training: _Training, save: Save, suites: tuple[str, ...], *, search: bool) -> None:
         handover = Handover(self._config, self._queue, save, suites)
 
         def run() -> None:
             path = _trial_checkpoint(save.path) if search else save.path
-            handover.save = replace(save, path=path, run=self._named(save.run))
+            handover.save = replace(save, path=path, run=training.named(save.run))
             handover.run()
-            self._start_relay(save.run)
+            self._start_relay(training, save.run)
 
         self._delivery.put(run, f"handing over {save.path}", handover.abandon)
 
-    # ---------------------------------------------------------------- in the background
+    def _open(self, training: _Training, run: RunIdentity) -> None:
+        self._queue.create()
+        self._start_relay(training, run)
+        tidy_pins(self._queue, training.output_dir)
+        if training.resumed_at:
+            # Checkpoints from before we were first seen here may be another training's, but for the one resumed from.
+            first = 0 if training.known_since_ns is not None else training.resumed_at
+            steps = range(first, training.resumed_at + 1)
+            self._reconcile(training, run, steps, since_ns=training.known_since_ns or 0)
 
-    def _known(self) -> _Training:
-        if self._training is None:
-            raise RuntimeError("the training's directory could not be written yet")
-        return self._training
-
-    def _named(self, identity: RunIdentity) -> RunIdentity:
-        run_id = self._known().id
-        return replace(identity, id=run_id, name=identity.name or run_id)
-
-    def _start_relay(self, identity: RunIdentity) -> None:
+    def _start_relay(self, training: _Training, run: RunIdentity) -> None:
         """W&B may be there from the start, or from some later step on, or never."""
-        if self._relay is not None or not identity.wandb_id:
+        if training.relay is not None or not run.wandb_id:
             return
-        run = self._named(identity)
-        directory = os.path.join(self._config.queue, "relay", run.key)
-        relay = Relay(directory, run, logs_by_step=False, planned_last_step=self._known().last_step)
+        named = training.named(run)
+        directory = os.path.join(self._config.queue, "relay", named.key)
+        relay = Relay(directory, named, logs_by_step=False, planned_last_step=training.last_step)
         relay.start()
-        self._relay = relay
+        training.relay = relay
+        remember(training.output_dir, named)
 
-    def _reconcile(self, output_dir: str, identity: RunIdentity, steps: range, *, since_ns: int) -> None:
+    def _reconcile(self, training: _Training, run: RunIdentity, steps: range, *, since_ns: int) -> None:
         """Hand over complete checkpoints of this training that have no ticket: a save on SIGTERM has no event,
         and a crash may have come before delivery. What has its ticket already is recognised by its id."""
-        for step, path in _checkpoints(output_dir):
+        for step, path in _checkpoints(training.output_dir):
             state_file = os.path.join(path, "trainer_state.json")
             suites, changed_ns = due(self._config, step), _changed_ns(state_file)
             if not suites or step not in steps or changed_ns is None or changed_ns < since_ns:
                 continue
             save = Save(
-                path=path, step=step, run=self._named(identity), saved_at=changed_ns / 1e9,
+                path=path, step=step, run=training.named(run), saved_at=changed_ns / 1e9,
                 tokens=_tokens(_tokens_seen(state_file), step, self._config.run.tokens_per_step),
             )  # fmt: skip
+            handover = Handover(self._config, self._queue, save, suites)
             try:
-                Handover(self._config, self._queue, save, suites).run()
+                with abandoned_on_failure(handover):
+                    handover.run()
             except CheckpointError as error:
                 log.warning("autoeval: passed over: %s", error)
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Training:
-    """What is known of this training once its directory could be written: `began_ns` is the file system's time."""
+    """One call of `Trainer.train`. What stands below the first three fields is known once `begin` was done.
 
-    id: str
-    began_ns: int
+    `began_ns` is the file system's time at its start, `known_since_ns` that of the first training that it resumes.
+    """
+
+    output_dir: str
+    resumed_at: int
     last_step: int
+    id: str = ""
+    began_ns: int = 0
+    known_since_ns: int | None = None
+    relay: Relay | None = None
+
+    def begin(self, run: RunIdentity) -> None:
+        resumed = self.resumed_at > 0
+        self.known_since_ns = began_ns(self.output_dir) if resumed else None
+        own = training_id(self.output_dir, resumed=resumed)
+        self.began_ns = file_system_time(self.output_dir)
+        self.id = own
+        remember(self.output_dir, self.named(run))
+
+    def named(self, run: RunIdentity) -> RunIdentity:
+        if not self.id:
+            raise RuntimeError(f"{self.output_dir} could not be written yet")
+        return replace(run, id=self.id, name=run.name or self.id)
 
 
 def _output_dir(args: TrainingArguments) -> str:

@@ -27,11 +27,16 @@ BLOCKS = 64
 
 WEIGHTS = ("*.safetensors", "pytorch_model*.bin", "adapter_model*.bin")
 TOKENIZER = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "*.tiktoken")
-NOT_MODEL = (
-    "optimizer*", "scheduler*", "scaler*", "rng_state*", "random_states*", "training_args.bin",
-    "trainer_state.json", "global_step*", "zero_to_fp32.py", "latest", "*.incomplete", ".*",
+MODEL = (
+    *WEIGHTS, *TOKENIZER, "config.json", "generation_config.json", "*.index.json", "adapter_config.json",
+    "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt", "chat_template*",
+    "preprocessor_config.json", "processor_config.json", "*.model", "*.py",
 )  # fmt: skip
-"""What resuming needs and evaluating does not. It is neither pinned nor digested: another rank may still write it."""
+"""What evaluating needs. The rest is neither pinned nor digested: the optimizer is large, another rank may still be
+writing its random state, and a user may add notes of his own."""
+
+GONE = (FileNotFoundError, NotADirectoryError)
+"""What says that a file is not there; any other OSError may pass."""
 
 INCOMPLETE = "checkpoint-is-incomplete.txt"
 """transformers leaves this file in a checkpoint that it was killed in (just-in-time checkpoints)."""
@@ -87,7 +92,8 @@ def build(
 ) -> Manifest:  # fmt: skip
     """The manifest of the Hugging Face checkpoint at `path`, read from `directory`: its pin, or itself.
 
-    Raises CheckpointError where there are no weights or the checkpoint is not complete.
+    Raises CheckpointError where there are no weights or the checkpoint is not complete, and OSError where the file
+    system fails for now.
     """
     names = model_files(directory)
     if not any(_matches(n, WEIGHTS) for n in names):
@@ -97,10 +103,9 @@ def build(
             "stage3_gather_16bit_weights_on_model_save), or submit a converted copy: `python -m autoeval_hooks submit`"
         )
     files = tuple(record(directory, name) for name in names)
-    weights = _hash([f.path, f.size, f.digest] for f in files if _matches(f.path, WEIGHTS))
     draft = Manifest(
         version=VERSION, path=path, kind="huggingface", step=step, samples=samples, tokens=tokens, files=files,
-        weights_digest=weights, digest="", run=run, tokenizer=tokenizer, host=hostname(),
+        weights_digest=weights_digest_of(files), digest="", run=run, tokenizer=tokenizer, host=hostname(),
         saved_at=time.time() if saved_at is None else saved_at,
     )  # fmt: skip
     return replace(draft, digest=digest_of(draft))
@@ -112,15 +117,20 @@ def digest_of(manifest: Manifest) -> str:
     return _hash([["run", manifest.run.id], ["step", manifest.step], *content])
 
 
+def weights_digest_of(files: Iterable[FileRecord]) -> str:
+    """The digest of the weights alone: equal for two checkpoints that answer alike."""
+    return _hash([f.path, f.size, f.digest] for f in files if _matches(f.path, WEIGHTS))
+
+
 def model_files(directory: str) -> list[str]:
     """The files that evaluating needs, sorted; sub-directories are not part of a Hugging Face checkpoint's model."""
     try:
         names = sorted(os.listdir(directory))
-    except OSError as error:
+    except GONE as error:
         raise CheckpointError(f"{directory}: cannot be listed ({error.strerror}); was it deleted?") from error
     if INCOMPLETE in names:
         raise CheckpointError(f"{directory}: {INCOMPLETE} says that its save was cut off")
-    return [n for n in names if not _matches(n, NOT_MODEL) and os.path.isfile(os.path.join(directory, n))]
+    return [n for n in names if _matches(n, MODEL) and os.path.isfile(os.path.join(directory, n))]
 
 
 def record(directory: str, name: str) -> FileRecord:
@@ -131,7 +141,7 @@ def record(directory: str, name: str) -> FileRecord:
             before = os.fstat(file.fileno())
             digest = _digest(file.fileno(), before.st_size)
             after = os.fstat(file.fileno())
-    except OSError as error:
+    except GONE as error:
         raise CheckpointError(f"{full}: cannot be read ({error.strerror})") from error
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
         raise CheckpointError(f"{full}: changed while it was read")

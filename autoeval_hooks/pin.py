@@ -32,12 +32,27 @@ def pins_dir(checkpoint: str) -> str:
     return os.path.join(os.path.dirname(checkpoint), ticket.PINS)
 
 
-def count(checkpoint: str) -> int:
-    """How many pins the output directory of a checkpoint holds."""
+def existing(checkpoint: str) -> list[str]:
+    """The paths of the pins that the output directory of a checkpoint holds, unfinished ones included."""
+    directory = pins_dir(checkpoint)
     try:
-        return len(os.listdir(pins_dir(checkpoint)))
+        return [os.path.join(directory, name) for name in os.listdir(directory) if _NAME.fullmatch(name)]
     except FileNotFoundError:
-        return 0
+        return []
+
+
+def orphaned(path: str) -> bool:
+    """Whether this is a pin under its passing name that a process of this host began and did not live to finish."""
+    found = re.fullmatch(rf"\.new-{re.escape(fsio.hostname())}-(\d+)-[0-9a-f]+", os.path.basename(path))
+    if found is None or int(found[1]) == os.getpid():
+        return False
+    try:
+        os.kill(int(found[1]), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass
+    return False
 
 
 def make(source: str, pins: str, way: str) -> str:
@@ -52,6 +67,7 @@ def make(source: str, pins: str, way: str) -> str:
     try:
         for name in manifest.model_files(source):
             _pin_file(os.path.join(source, name), os.path.join(target, name), way)
+        fsio.FileOps().sync_dir(target)
     except FileNotFoundError as error:
         release(target)
         raise CheckpointError(f"{source}: deleted before it could be pinned") from error
@@ -117,7 +133,10 @@ def _hardlink(src: str, dst: str) -> None:
 
 
 def _copy(src: str, dst: str) -> None:
-    shutil.copyfile(src, dst)
+    with open(src, "rb") as reader, open(dst, "xb") as writer:
+        shutil.copyfileobj(reader, writer)
+        writer.flush()
+        os.fsync(writer.fileno())       # retention deletes the source while the ticket waits
     shutil.copystat(src, dst)
 
 

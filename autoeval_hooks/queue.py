@@ -84,7 +84,7 @@ class Token:
 class Queue:
     """Both sides of the queue at `root`: submitters enqueue; runners claim, complete, retry and tidy up.
 
-    All methods may be called from several threads; `runner` is this process's name in claims.
+    `runner` is this process's name in claims. One thread claims; all else may be called from several.
     """
 
     def __init__(self, root: str, *, runner: str = "", ops: FileOps | None = None) -> None:
@@ -111,10 +111,13 @@ class Queue:
                 f"queue {self.root}: cannot be written ({error.strerror}); create it, or fix its mode, or set `queue`"
             ) from error
         try:
-            self.ops.link(probe, probe + ".link")
+            with contextlib.suppress(FileExistsError):      # done, and the reply was lost
+                self.ops.link(probe, probe + ".link")
             self.ops.unlink(probe + ".link")
         except OSError as error:
-            raise _no_links(self.root, error) from error
+            if error.errno in fsio.NO_LINKS:
+                raise _no_links(self.root, error) from error
+            raise
         finally:
             self.ops.unlink(probe)
 
@@ -150,11 +153,11 @@ class Queue:
         except FileExistsError:
             return self.ops.nlink(tmp) == 2     # NFS lost the reply to our own link
         except OSError as error:
+            if error.errno not in fsio.NO_LINKS:
+                raise       # it may have been done: the janitor looks, and admits the token or removes the file
             with contextlib.suppress(OSError):
                 self.ops.unlink(tmp)
-            if error.errno in fsio.NO_LINKS:
-                raise _no_links(self.root, error) from error
-            raise
+            raise _no_links(self.root, error) from error
         return True
 
     def _admit(self, tmp: str, name: str) -> None:
@@ -189,8 +192,14 @@ class Queue:
         return self._listing
 
     def read(self, token: Token) -> Ticket:
-        """The ticket of a token. Raises TicketError for one to quarantine."""
-        path = self._path(token)
+        """The ticket of a token. Raises TicketError for one to quarantine, FileNotFoundError once it moved on."""
+        return self._read(self._path(token), token.ticket)
+
+    def ticket(self, ticket_id: str) -> Ticket:
+        """A ticket by its id, whatever its state."""
+        return self._read(self._at("tickets", ticket_id), ticket_id)
+
+    def _read(self, path: str, ticket_id: str) -> Ticket:
         try:
             text = self.ops.read(path, tickets.MAX_BYTES)
         except OSError as error:
@@ -198,7 +207,7 @@ class Queue:
                 raise TicketError(f"{path}: not a regular file") from error
             raise
         found = tickets.load(text, path)
-        if found.id != token.ticket:
+        if found.id != ticket_id:
             raise TicketError(f"{path}: holds ticket {found.id}")
         return found
 
@@ -229,7 +238,7 @@ class Queue:
         return "pending"
 
     def retry(self, token: Token) -> bool:
-        """Bring a failed or quarantined ticket back with a fresh count of failures, as its user asks."""
+        """Bring a ticket that was ended back, with a fresh count of failures."""
         back = replace(token, state="pending", runner="", generation=token.generation + 1, failures=0)
         if not moved(self.ops, self._path(token), self._path(back)):
             return False
@@ -308,6 +317,7 @@ class Keeper:
         self.max_failures = max_failures
         self.clock = clock or boottime
         self._seen: dict[str, tuple[bytes, float]] = {}
+        self._beating: set[str] = set()
 
     def sweep(self) -> list[tuple[Token, str]]:
         """Reap and tidy once, unless another runner is at it. The tokens reaped, and what became of each."""
@@ -320,7 +330,15 @@ class Keeper:
             self._tidy(orphans)
             kept = {f"hb/{t.runner}" for t in claimed} | {f"tmp/{name}" for name in orphans}
             self._seen = {key: value for key, value in self._seen.items() if key in kept}
+            self._beating &= kept
             return reaped
+
+    def unsure(self) -> bool:
+        """Whether another runner that holds a ticket may be dead: we have not seen it beat so far."""
+        runners = {t.runner for t in self.queue.tokens("claimed")} - {self.queue.runner}
+        for runner in runners:
+            self._unchanged(f"hb/{runner}", self.queue.heartbeat(runner))
+        return any(f"hb/{runner}" not in self._beating for runner in runners)
 
     def _reap(self, claimed: list[Token]) -> list[tuple[Token, str]]:
         """Give back what runners hold whose heartbeat has not changed for the length of a lease."""
@@ -335,7 +353,7 @@ class Keeper:
         for name in names:
             token = Token.parse("pending", name.rpartition("~")[0])
             path = os.path.join(self.queue.root, "tmp", name)
-            with contextlib.suppress(FileNotFoundError, PermissionError):
+            with contextlib.suppress(OSError):      # what cannot be tidied keeps nobody from the rest
                 if token is not None and self.queue.ops.nlink(path) == 2:
                     self.queue._admit(path, token.name)
                 elif self._unchanged(f"tmp/{name}", b"") <= ORPHAN_S:
@@ -351,6 +369,8 @@ class Keeper:
         last, since = self._seen.get(key, (None, now))
         if last != content:
             since = now
+            if last is not None:
+                self._beating.add(key)
         self._seen[key] = (content, since)
         return now - since
 

@@ -126,15 +126,16 @@ class Relay:
             self._lock.release()
 
     @never_raise
-    def end(self, last_step: int) -> None:
-        """Training ended. Waits a little for the last points and the marker. The heartbeat goes on, and late points
-        are still logged while the W&B run is open, unless the trainer logs by step: its next step must stay free."""
+    def end(self, last_step: int, wait: float = END_WAIT_S) -> None:
+        """Training ended. Waits at most `wait` seconds for the last points and the marker. The heartbeat goes on, and
+        late points are still logged while the W&B run is open, unless the trainer logs by step: its next step must
+        stay free."""
         if self._run is None:
             return
         complete = self._planned is not None and last_step >= self._planned
         self._ended = Ended(VERSION, self._incarnation, last_step, complete)
         self._wake.set()
-        self._done.wait(END_WAIT_S)
+        self._done.wait(min(wait, END_WAIT_S))
 
     # ---------------------------------------------------------------- memory only
 

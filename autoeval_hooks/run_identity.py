@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import sys
@@ -31,8 +32,10 @@ class RunIdentity:
     @property
     def key(self) -> str:
         """The name of this run's directory under `relay/`."""
-        wandb = [self.entity, self.project, self.wandb_id] if self.wandb_id else [self.id]
-        return re.sub(r"[^A-Za-z0-9._-]", "-", "_".join(part for part in wandb if part)).lstrip(".")[:120]
+        parts = [self.entity, self.project, self.wandb_id] if self.wandb_id else [self.id]
+        whole = "_".join(part for part in parts if part)
+        plain = re.sub(r"[^A-Za-z0-9._-]", "-", whole).lstrip(".")[:100]
+        return plain if plain == whole else f"{plain}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
 
 
 def current(run_id: str, *, name: str = "", project: str = "", entity: str = "") -> RunIdentity:

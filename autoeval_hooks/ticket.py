@@ -91,7 +91,7 @@ def _problem(ticket: Ticket) -> str:
     for name in names:
         if name.startswith("/") or any(part in ("", ".", "..") for part in name.split("/")):
             return f"file {name!r:.200} would escape the checkpoint"
-    if manifests.digest_of(m) != m.digest:
+    if manifests.digest_of(m) != m.digest or manifests.weights_digest_of(m.files) != m.weights_digest:
         return "the manifest's digest is not that of its content"
     if ticket_id(m.digest, ticket.suite_digest) != ticket.id:
         return "the ticket's id is not that of its content"

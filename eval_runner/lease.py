@@ -21,6 +21,7 @@ class Lease:
         self._queue = queue
         self._seconds = seconds
         self._shown_at = boottime()
+        self._gap_at = float("-inf")
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="autoeval-lease", daemon=True)
         self._fd = -1
@@ -37,10 +38,10 @@ class Lease:
         self._thread.join()
         self._queue.stop_heart(self._fd)
 
-    @property
-    def held(self) -> bool:
-        """Whether our last sign of life is recent enough to go on with what we claimed."""
-        return boottime() - self._shown_at < self._seconds / 2
+    def held_since(self, moment: float) -> bool:
+        """Whether our signs of life have come often enough, from `moment` (`boottime` seconds) until now, for what we
+        claimed then to be ours still. A gap is not forgotten: another may have taken the ticket over in it."""
+        return boottime() - self._shown_at < self._seconds / 2 and self._gap_at < moment
 
     def _loop(self) -> None:
         count = 0
@@ -52,4 +53,6 @@ class Lease:
             except OSError as error:
                 log.warning("heartbeat failed: %s", error)
             else:
+                if boottime() - self._shown_at >= self._seconds / 2:
+                    self._gap_at = boottime()
                 self._shown_at = started

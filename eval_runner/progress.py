@@ -51,7 +51,8 @@ class Progress:
     def __exit__(self, *exc: object) -> None:
         self._bar.stop()
         log.removeHandler(self._handler)
-        log.level, log.propagate = self._before
+        log.setLevel(self._before[0])
+        log.propagate = self._before[1]
 
     def idle(self, done: int, failed: int) -> None:
         self._bar.update(

@@ -19,7 +19,7 @@ PERIOD_S = 2.0
 
 
 class Publisher:
-    """Runs while its context is open. What each sink was given is marked in `published/<sink>/<ticket>`; the
+    """Runs while its context is open. What each sink was given is marked in `published/<sink>/`; the
     marks are a shortcut only: without them everything is given again, which sinks take as it is."""
 
     def __init__(self, queue: Queue, sinks: dict[str, Sink]) -> None:
@@ -47,11 +47,12 @@ class Publisher:
         """Something was finished: look now."""
         self._wake.set()
 
-    def settle(self, timeout: float) -> bool:
-        """Wait until every sink shows everything that is done; False when some still waits after `timeout` s."""
+    def settle(self, timeout: float, stopped: threading.Event) -> bool:
+        """Wait until every sink shows everything that is done; False when some still waits after `timeout` s, or
+        `stopped` was set."""
         end, start = time.monotonic() + timeout, self._rounds
         self.wake()
-        while time.monotonic() < end and self._thread.is_alive():
+        while time.monotonic() < end and self._thread.is_alive() and not stopped.is_set():
             if self._settled and self._rounds >= start + 2:     # one round may have begun before the last result
                 return True
             time.sleep(PERIOD_S / 10)
@@ -69,7 +70,7 @@ class Publisher:
         """Give one sink what it lacks and let it move on; whether nothing waits any longer."""
         try:
             marked = set(self._queue.ops.listdir(str(self._marks(name))))
-            given = [self._give(name, sink, t) for t in self._queue.tokens("done") if t.ticket not in marked]
+            given = [self._give(name, sink, t) for t in self._queue.tokens("done") if t.result_name not in marked]
             done = sink.flush() and all(given)
         except Exception as error:      # a sink must never take the runner down
             self._say(name, f"sink {name}: {error}; will be tried again")
@@ -88,7 +89,7 @@ class Publisher:
         except Exception as error:
             self._say(token.ticket, f"sink {name}, ticket {token.ticket[:12]}: {error}; will be tried again")
             return False
-        fsio.replace(str(self._marks(name) / token.ticket), b"")
+        fsio.replace(str(self._marks(name) / token.result_name), b"")
         return True
 
     def _marks(self, name: str) -> Path:

@@ -14,7 +14,7 @@ import tempfile
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -22,8 +22,8 @@ from typing import Any, Literal
 from autoeval_hooks import fsio, pin
 from autoeval_hooks import ticket as tickets
 from autoeval_hooks.config import map_path
-from autoeval_hooks.errors import AutoEvalError, TicketError
-from autoeval_hooks.queue import Keeper, Queue, Token
+from autoeval_hooks.errors import AutoEvalError, ConfigError, TicketError
+from autoeval_hooks.queue import Keeper, Queue, Token, boottime
 from autoeval_hooks.ticket import Ticket
 from eval_runner.checkpoints import huggingface
 from eval_runner.config.models import Config, Suite
@@ -45,17 +45,11 @@ RETRY_S = 30.0
 RETRY_MAX_S = 900.0
 IDLE_S = (0.2, 5.0)
 """Shortest and longest pause between two looks at an empty queue."""
+NEVER = float("inf")
+REFILES = 20
+"""Generations after which a ticket that is filed from one definition to another is no longer."""
 SETTLE_S = 180.0
 """How long a runner that is done waits for late points to reach their run."""
-
-
-@dataclass
-class Tally:
-    """What a runner did: tickets by outcome."""
-
-    done: int = 0
-    failed: int = 0
-    returned: int = 0
 
 
 @dataclass
@@ -70,7 +64,12 @@ class Runner:
     name: str = field(default_factory=fsio.unique)
     stopped: threading.Event = field(default_factory=threading.Event)
     """Set it to have the ticket in hand given back and `run` return."""
-    tally: Tally = field(default_factory=Tally)
+    done: int = 0
+    """Tickets that this runner evaluated."""
+    failed: int = 0
+    """Tickets that ended here without a result, those in quarantine included."""
+    given_back: set[str] = field(default_factory=set)
+    """Tickets that this runner took and that are not ended yet."""
 
     def __post_init__(self) -> None:
         section = self.config.runner
@@ -84,39 +83,50 @@ class Runner:
     # ------------------------------------------------------------------ the loop
 
     def run(self, mode: Mode) -> bool:
-        """Evaluate: ``forever``, ``once`` (one ticket at most), or ``drain`` (until no ticket is pending).
+        """Evaluate: ``forever``, ``once`` (one ticket at most), or ``drain`` (until no ticket is left to take).
 
         True when what was finished could be shown everywhere; False when points still wait for their run.
         """
         with Lease(self.queue, self.config.runner.lease) as lease, Publisher(self.queue, self.sinks) as publisher:
             pause = IDLE_S[0]
             while not self.stopped.is_set():
-                self._housekeeping()
-                token = self._claim(lease)
+                try:
+                    self._housekeeping()
+                    token = self._claim(lease)
+                    took = token is not None and self._process(token, lease)
+                    over = (took and mode == "once") or (token is None and mode != "forever" and self._nothing_left())
+                except OSError as error:
+                    log.warning("the queue does not answer: %s; trying again", error)
+                    self.stopped.wait(IDLE_S[1])
+                    continue
+                if over:
+                    break
                 if token is not None:
-                    self._process(token, lease)
                     publisher.wake()
                     pause = IDLE_S[0]
-                elif mode == "drain" and not self._pending():
-                    break
-                if mode == "once":
-                    break
-                if token is None:
-                    self.progress.idle(self.tally.done, self.tally.failed)
+                else:
+                    self.progress.idle(self.done, self.failed)
                     self.stopped.wait(pause)
                     pause = min(pause * 1.5, IDLE_S[1])
-            return self._settle(publisher, mode)
+            if mode == "forever":
+                return True
+            self.progress.settling()
+            return publisher.settle(SETTLE_S, self.stopped)
 
     def _housekeeping(self) -> None:
+        """Now and then, with no ticket in hand: free what others hold and died with, and what we hold unknowingly."""
         now = time.monotonic()
         if now - self._swept_at < self.config.runner.lease / 3:
             return
         self._swept_at = now
         for token, became in self._keeper.sweep():
             log.warning("ticket %s: runner %s is gone; the ticket is %s", token.ticket[:12], token.runner, became)
+        for token in self.queue.tokens("claimed"):
+            if token.runner == self.name:       # a claim whose success a file server did not tell us
+                self.queue.release(token, failed=False)
 
     def _claim(self, lease: Lease) -> Token | None:
-        if not lease.held:
+        if not lease.held_since(boottime()):
             return None     # the shared file system does not answer: take nothing that we could not hold
         now = time.monotonic()
         return self.queue.claim(
@@ -124,50 +134,58 @@ class Runner:
             wanted=lambda token: self._not_before.get(token.ticket, now) <= now,
         )
 
-    def _pending(self) -> bool:
-        return any(self._not_before.get(t.ticket, 0) != float("inf") for t in self.queue.tokens("pending"))
-
-    def _settle(self, publisher: Publisher, mode: Mode) -> bool:
-        if self.stopped.is_set() or mode == "forever":
-            return True
-        self.progress.settling()
-        return publisher.settle(SETTLE_S)
+    def _nothing_left(self) -> bool:
+        """Whether no ticket is pending that this runner may take, nor may become so by a runner that died."""
+        pending = any(self._not_before.get(t.ticket) != NEVER for t in self.queue.tokens("pending"))
+        return not pending and not self._keeper.unsure()
 
     # ------------------------------------------------------------------ one ticket
 
-    def _process(self, token: Token, lease: Lease) -> None:
-        """Take a claimed ticket to its next state. Whatever happens, it is never left claimed by a live runner."""
+    def _process(self, token: Token, lease: Lease) -> bool:
+        """Take a claimed ticket to its next state, whatever happens; whether it was evaluated, or tried."""
+        claimed_at = boottime()
+        self.given_back.add(token.ticket)
         try:
             ticket = self.queue.read(token)
         except TicketError as error:
             log.error("ticket %s refused: %s", token.ticket[:12], error)
             self.queue.quarantine(token, str(error))
-            self.tally.failed += 1
-            return
+            self._ended(token, failed=True)
+            return False
         except FileNotFoundError:
-            return      # the claim was reaped in the meantime
+            return False        # reaped in the meantime; if it is ours all the same, housekeeping gives it back
         except OSError as error:
             log.error("ticket %s cannot be read: %s", token.ticket[:12], error)
             self._retry_later(token)
-            return
+            return True
         suite = self.config.suites.get(ticket.suite)
         if suite is None:
             log.warning(
                 "ticket %s: suite %r is not in %s; left for another runner",
                 token.ticket[:12], ticket.suite, self.config.path,
             )  # fmt: skip
-            self._not_before[token.ticket] = float("inf")
+            self._not_before[token.ticket] = NEVER
+            self.given_back.discard(token.ticket)
             self.queue.release(token, failed=False)
-            return
+            return False
         attempt = _Attempt(ticket, token, suite, time.time())
+        if suite.digest != ticket.suite_digest:
+            self._attempt(attempt, lambda: self._refile(attempt))
+            return False
+
+        def stopping() -> bool:
+            return self.stopped.is_set() or not lease.held_since(claimed_at)
+
+        self._attempt(attempt, lambda: self._evaluate(attempt, stopping))
+        return True
+
+    def _attempt(self, attempt: _Attempt, work: Callable[[], None]) -> None:
+        """Do the work; whatever goes wrong, record why and never leave the ticket claimed."""
+        token = attempt.token
         try:
-            if suite.digest != ticket.suite_digest:
-                self._refile(attempt)
-            else:
-                self._evaluate(attempt, lease)
+            work()
         except Stopped:
             self.queue.release(token, failed=False)
-            self.tally.returned += 1
             log.warning("ticket %s: given back unfinished", token.ticket[:12])
         except AutoEvalError as error:
             self._failed(attempt, Failure(error.kind, str(error)))
@@ -179,7 +197,7 @@ class Runner:
                 Failure("transient", f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"),
             )
 
-    def _evaluate(self, attempt: _Attempt, lease: Lease) -> None:
+    def _evaluate(self, attempt: _Attempt, stopping: Callable[[], bool]) -> None:
         """Verify, evaluate, verify again, and commit."""
         ticket, token = attempt.ticket, attempt.token
         section = self.config.runner
@@ -196,7 +214,7 @@ class Runner:
                 job = Job(
                     path=checkpoint.path, tokenizer=checkpoint.tokenizer, name=_model_name(ticket), work_dir=work,
                     log=self.config.queue / "logs" / f"{token.result_name}.{i}-{kind}.log",
-                    stopping=lambda: self.stopped.is_set() or not lease.held,
+                    stopping=stopping,
                     progress=self.progress.evaluation(ticket, kind),
                 )  # fmt: skip
                 outcome = evaluator.evaluate(job)
@@ -208,21 +226,36 @@ class Runner:
         if not self.queue.complete(token):
             log.warning("ticket %s: the lease was lost; this result does not count", token.ticket[:12])
             return
-        self.tally.done += 1
+        self.done += 1
+        self._ended(token)
         self.progress.finished(result)
         self._release_pin(ticket)
 
     def _refile(self, attempt: _Attempt) -> None:
         """The suite is defined otherwise here than when the ticket was made: file it under our definition."""
-        old = attempt.ticket
+        old, token = attempt.ticket, attempt.token
+        if token.generation >= REFILES:
+            raise ConfigError(
+                f"suite {old.suite}: runners of this queue define it differently and file the ticket back and forth; "
+                f"give them all the same {self.config.path.name}"
+            )
         fresh = tickets.new(old.manifest, old.suite, attempt.suite.digest, attempt.suite.cadence.priority, old.pin)
-        new = self.queue.enqueue(fresh)
-        store.write(self.config.queue, attempt.token.result_name, attempt.result("refiled", refiled_as=fresh.id), ())
-        if not self.queue.complete(attempt.token):
+        self._file(fresh)
+        store.write(self.config.queue, token.result_name, attempt.result("refiled", refiled_as=fresh.id), ())
+        if not self.queue.complete(token):
             return
+        self._ended(token)
         log.info("ticket %s: suite %s has changed; filed again as %s", old.id[:12], old.suite, fresh.id[:12])
-        if not new and not self._uses_pin(fresh.id, old.pin):
+        if self.queue.ticket(fresh.id).pin != old.pin:
             self._release_pin(old)
+
+    def _file(self, ticket: Ticket) -> None:
+        """Enqueue a ticket; one that had been filed away under the definition before is opened again."""
+        if self.queue.enqueue(ticket):
+            return
+        for token in (t for t in self.queue.tokens("done") if t.ticket == ticket.id):
+            if store.read(self.config.queue / "results" / token.result_name).status == "refiled":
+                self.queue.retry(token)
 
     def _failed(self, attempt: _Attempt, failure: Failure) -> None:
         """Record why, then give the ticket another try or end it."""
@@ -234,13 +267,20 @@ class Runner:
             became = self._retry_later(token)
         else:
             became = "failed" if self.queue.fail(token) else "lost"
-        self.tally.failed += became == "failed"
+            self._ended(token, failed=became == "failed")
         self.progress.failed(result, became)
 
     def _retry_later(self, token: Token) -> str:
         """Give a ticket back after a failure that may pass; ``failed`` once it had its attempts."""
         self._not_before[token.ticket] = time.monotonic() + min(RETRY_S * 2**token.failures, RETRY_MAX_S)
-        return self.queue.release(token, failed=True, max_failures=self.config.runner.max_attempts)
+        became = self.queue.release(token, failed=True, max_failures=self.config.runner.max_attempts)
+        if became == "failed":
+            self._ended(token, failed=True)
+        return became
+
+    def _ended(self, token: Token, *, failed: bool = False) -> None:
+        self.failed += failed
+        self.given_back.discard(token.ticket)
 
     # ------------------------------------------------------------------ pins
 
@@ -251,13 +291,6 @@ class Runner:
             pin.release(map_path(ticket.pin, self.config.path_map))
         except (OSError, AutoEvalError) as error:
             log.warning("pin %s could not be freed: %s", ticket.pin, error)
-
-    def _uses_pin(self, ticket_id: str, path: str) -> bool:
-        """Whether an unfinished ticket of that id lives on this pin."""
-        for token in self.queue.tokens("pending", "claimed", "failed"):
-            if token.ticket == ticket_id:
-                return self.queue.read(token).pin == path
-        return False
 
 
 @dataclass(frozen=True)

@@ -42,6 +42,9 @@ def verify(ticket: Ticket, path_map: dict[str, str], *, allow_pickled_weights: b
             f"{path / m.pickled[0]}: pickled weights can run code when loaded; save safetensors, "
             "or set `runner.allow_pickled_weights: true`"
         )
+    added = set(manifests.model_files(str(path))) - {f.path for f in m.files}
+    if added:
+        raise CheckpointError(f"{path / min(added)}: came after the manifest was taken; submit the checkpoint again")
     seen = {}
     for expected in m.files:
         before = _look(path / expected.path)
@@ -70,6 +73,6 @@ def _tokenizer(ticket: Ticket, path: Path, path_map: dict[str, str]) -> Path:
 def _look(path: Path) -> tuple[int, int, int]:
     try:
         found = os.stat(path)
-    except OSError as error:
+    except manifests.GONE as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from error
     return found.st_size, found.st_mtime_ns, found.st_ino

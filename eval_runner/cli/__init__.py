@@ -39,3 +39,6 @@ def main() -> None:
     except AutoEvalError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(LATER if error.kind == "transient" else USAGE)
+    except OSError as error:
+        click.echo(f"error: {error}; try again when the file system answers", err=True)
+        sys.exit(LATER)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import click
 
 from eval_runner import config as configs
-from eval_runner.cli.options import config_option
+from eval_runner.cli.options import config_option, existing_queue
 from eval_runner.sinks.wandb import close_run
 
 
@@ -18,4 +18,4 @@ def close(config_file: str, run: str) -> None:
     Late points of a run that did not reach its planned last step wait for it, since a resumed training must find
     its next step free. Closing it lets the runner write them itself.
     """
-    click.echo(f"closed: {close_run(configs.load(config_file).queue, run)}")
+    click.echo(f"closed: {close_run(existing_queue(configs.load(config_file).queue), run)}")

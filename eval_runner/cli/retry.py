@@ -6,7 +6,7 @@ import click
 
 from autoeval_hooks.queue import Queue
 from eval_runner import config as configs
-from eval_runner.cli.options import config_option
+from eval_runner.cli.options import config_option, existing_queue
 
 
 @click.command()
@@ -17,7 +17,7 @@ def retry(config_file: str, tickets: tuple[str, ...], every: bool) -> None:
     """Queue failed or quarantined TICKETS again, named by the start of their ids, with a fresh count of attempts."""
     if not tickets and not every:
         raise click.UsageError("name tickets (see `autoeval-runner status`), or give --all")
-    queue = Queue(str(configs.load(config_file).queue))
+    queue = Queue(str(existing_queue(configs.load(config_file).queue)))
     found = list(queue.tokens("failed", "quarantine"))
     chosen = [t for t in found if (every and t.state == "failed") or any(t.ticket.startswith(p) for p in tickets)]
     for prefix in tickets:

@@ -38,8 +38,11 @@ def run(config_file: str, mode: Mode | None, verbose: bool) -> None:
         runner = Runner(config, evaluators, named, progress, name, stopped)
         with stopped_by_signals(runner):
             settled = runner.run(mode or "forever")
-    if runner.tally.failed:
+    if runner.failed:
         sys.exit(FAILED)
+    if runner.given_back and mode:
+        click.echo(f"{len(runner.given_back)} ticket(s) were given back unfinished", err=True)
+        sys.exit(LATER)
     if not settled:
         click.echo("some points still wait for their run: see `autoeval-runner status`", err=True)
         sys.exit(LATER)

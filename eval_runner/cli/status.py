@@ -11,10 +11,9 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from autoeval_hooks.errors import QueueError
 from eval_runner import config as configs
 from eval_runner import status as statuses
-from eval_runner.cli.options import config_option
+from eval_runner.cli.options import config_option, existing_queue
 
 WIDE = 1000
 """Columns of a table that no terminal shows: a script gets each ticket on one line."""
@@ -25,12 +24,7 @@ WIDE = 1000
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, for scripts.")
 def status(config_file: str, as_json: bool) -> None:
     """Show every ticket of the queue and what became of it."""
-    root = configs.load(config_file).queue
-    try:
-        found = statuses.read(root)
-    except FileNotFoundError as error:
-        raise QueueError(f"queue {root}: not there yet (no {error.filename}); no checkpoint was submitted so far, "
-                         "or `queue` names another directory than training's") from error  # fmt: skip
+    found = statuses.read(existing_queue(configs.load(config_file).queue))
     if as_json:
         click.echo(json.dumps(asdict(found), indent=2))
         return

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import logging
 import os
+import pickle
 import subprocess
 import sys
 import threading
@@ -72,6 +74,21 @@ def test_every_checkpoint_is_handed_over_and_outlives_retention(tmp_path: Path, 
     }  # fmt: skip
 
 
+def test_the_next_save_waits_for_a_slow_pin(
+    tmp_path: Path, config: Path, tickets: Tickets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Retention deletes a checkpoint at the next save, which comes a hundred times sooner than this pin."""
+    make = pin.make
+
+    def slow(source: str, pins: str, way: str) -> str:
+        time.sleep(0.3 if ".autoeval" not in source else 0)
+        return make(source, pins, way)
+
+    monkeypatch.setattr(pin, "make", slow)
+    trainer(tmp_path / "out", AutoEvalCallback(config), save_total_limit=1).train()
+    assert sorted(tickets()) == [("quick", 2), ("quick", 4), ("quick", 6), ("slow", 4)]
+
+
 def logged(trained: Trainer) -> list[dict[str, float]]:
     """What training logged, less what a clock says."""
     rows = trained.state.log_history
@@ -105,11 +122,62 @@ def test_a_second_training_in_the_same_place_is_another_run_and_a_resumed_one_is
 def test_a_save_without_an_event_is_found_when_training_resumes(
     tmp_path: Path, config: Path, tickets: Tickets
 ) -> None:
-    trainer(tmp_path / "out", steps=4).train()      # as a save on SIGTERM: complete, but no on_save
-    cut_off = tmp_path / "out" / "checkpoint-2"
-    (cut_off / manifest.INCOMPLETE).write_text("")
+    trainer(tmp_path / "out", steps=10).train()      # an older training, whose checkpoints lie there still
+    callback = AutoEvalCallback(config)
+    first = trainer(tmp_path / "out", callback, steps=4)
+    callback.on_save = lambda *a, **k: None  # type: ignore[method-assign]  # as a save on SIGTERM: no event
+    callback._reconcile = lambda *a, **k: None  # type: ignore[method-assign]  # and no end of training
+    first.train()
+    assert tickets() == {}
+    (tmp_path / "out" / "checkpoint-2" / manifest.INCOMPLETE).write_text("")
+    again = trainer(tmp_path / "out", AutoEvalCallback(config))
+    again.train(resume_from_checkpoint=str(tmp_path / "out" / "checkpoint-4"))
+    assert sorted(tickets()) == [("quick", 4), ("quick", 6), ("slow", 4)]
+
+
+def test_of_a_training_that_began_without_us_only_the_checkpoint_resumed_from_is_ours(
+    tmp_path: Path, config: Path, tickets: Tickets
+) -> None:
+    trainer(tmp_path / "out", steps=4).train()
     trainer(tmp_path / "out", AutoEvalCallback(config)).train(resume_from_checkpoint=True)
     assert sorted(tickets()) == [("quick", 4), ("quick", 6), ("slow", 4)]
+
+
+def test_the_callback_can_be_copied_and_pickled(tmp_path: Path, config: Path, tickets: Tickets) -> None:
+    callback = pickle.loads(pickle.dumps(copy.deepcopy(AutoEvalCallback(config, hook={"max_pins": 7}))))
+    assert callback._config.hook.max_pins == 7
+    trainer(tmp_path / "out", callback, steps=2).train()
+    assert sorted(tickets()) == [("quick", 2)]
+
+
+def test_what_is_handed_over_late_keeps_its_run(
+    tmp_path: Path, config: Path, tickets: Tickets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One callback, two trainings, and a queue that comes back in the middle of the second."""
+    monkeypatch.setattr("autoeval_hooks.delivery.FIRST_PAUSE_S", 0.05)
+    enqueue, away = Queue.enqueue, threading.Event()
+    away.set()
+
+    def flaky(self: Queue, ticket: Ticket) -> bool:
+        if away.is_set():
+            raise OSError(errno.ESTALE, "Stale file handle")
+        return enqueue(self, ticket)
+
+    monkeypatch.setattr(Queue, "enqueue", flaky)
+    callback = AutoEvalCallback(config, hook={"deadline": 0.2})
+    for name in ("one", "two"):
+        trained = trainer(tmp_path / name, callback, steps=2 if name == "one" else 4)
+        if name == "two":
+            away.clear()
+        trained.train()
+    assert callback._delivery.finish(10)
+    queue = Queue(str(tmp_path / "queue"))
+    found = [queue.read(token).manifest for token in queue.tokens("pending")]
+    ids = {Path(m.path).parent.name: m.run.id for m in found}
+    assert set(ids) == {"one", "two"}
+    for name, own in ids.items():
+        assert (tmp_path / name / ".autoeval" / "run_id").read_text() == own
+    assert all(m.run.id == ids[Path(m.path).parent.name] for m in found)
 
 
 def test_a_save_without_an_event_is_found_when_training_ends(
@@ -126,7 +194,6 @@ def test_a_hanging_file_system_costs_one_deadline_and_a_warning(
 ) -> None:
     for_ever = threading.Event()
     monkeypatch.setattr(pin, "make", lambda *a: for_ever.wait())
-    monkeypatch.setattr("autoeval_hooks.huggingface.END_DEADLINE_S", 0.5)
     began = time.monotonic()
     callback = AutoEvalCallback(config, hook={"deadline": 0.5})
     trained = trainer(tmp_path / "out", callback, steps=20)
@@ -153,7 +220,6 @@ def test_a_queue_that_cannot_be_written_costs_a_warning_and_pins_stay(
         return create(self, path)
 
     monkeypatch.setattr(fsio.FileOps, "create", refuse)
-    monkeypatch.setattr("autoeval_hooks.huggingface.END_DEADLINE_S", 0.2)
     trained = trainer(tmp_path / "out", AutoEvalCallback(config, hook={"deadline": 0.2}), save_total_limit=1)
     trained.train()
     assert trained.state.global_step == 6
@@ -185,16 +251,16 @@ def test_an_exception_of_ours_does_not_reach_training_and_an_interrupt_does(
     tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     callback = AutoEvalCallback(config)
-    monkeypatch.setattr(callback, "_identity", lambda: 1 / 0)
+    monkeypatch.setattr("autoeval_hooks.huggingface.identity", lambda config: 1 / 0)
     trained = trainer(tmp_path / "out", callback, steps=2)
     trained.train()
     assert trained.state.global_step == 2
     assert any("division by zero" in r.getMessage() for r in caplog.records)
 
-    def interrupt() -> None:
+    def interrupt(config: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(callback, "_identity", interrupt)
+    monkeypatch.setattr("autoeval_hooks.huggingface.identity", interrupt)
     with pytest.raises(KeyboardInterrupt):
         trainer(tmp_path / "out2", callback, steps=2).train()
 
@@ -214,11 +280,13 @@ def test_only_rank_zero_acts(tmp_path: Path, config: Path, tickets: Tickets) -> 
         "from tests.trainer import trainer; from autoeval_hooks import AutoEvalCallback\n"
         "trainer(Path(sys.argv[1]), AutoEvalCallback(sys.argv[2]), steps=4).train()\n"
     )
-    subprocess.run(
+    ran = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
          "--local-addr", "127.0.0.1", str(script), str(tmp_path / "out"), str(config)],
-        check=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}, timeout=120,
+        capture_output=True, text=True, cwd=ROOT, timeout=120,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
+    assert ran.returncode == 0, ran.stdout + ran.stderr
     found = tickets()
     assert sorted(found) == [("quick", 2), ("quick", 4), ("slow", 4)]
     assert found["quick", 4].manifest.samples == 4 * 2 * 4

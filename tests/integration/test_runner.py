@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -16,11 +17,12 @@ from click.testing import CliRunner
 from autoeval_hooks import submit
 from autoeval_hooks import ticket as tickets
 from autoeval_hooks.errors import AutoEvalError, CheckpointError, ConfigError
-from autoeval_hooks.queue import Queue
+from autoeval_hooks.queue import Queue, boottime
 from eval_runner import config as configs
 from eval_runner import runner as runners
 from eval_runner.cli import cli
 from eval_runner.evaluators.base import Evaluator, Job, Outcome
+from eval_runner.lease import Lease
 from eval_runner.process import Stopped
 from eval_runner.progress import Progress
 from eval_runner.results import store
@@ -134,7 +136,7 @@ def test_what_may_pass_is_tried_again_and_what_will_not_is_not(
     for step, error in ((200, CheckpointError("it is broken")), (300, ConfigError("x.yaml: y: no"))):
         submit(checkpoint(step, f"{step}".encode()), step=step, config=config_file)
         evaluator = StandIn([error])
-        assert run(evaluator).tally.failed == 1
+        assert run(evaluator).failed == 1
         assert len(evaluator.jobs) == 1
     failures = {f.step: f.failure for f in store.collect(tmp_path / "queue").failed}
     assert {s: (f.kind, f.message) for s, f in failures.items()} == {
@@ -274,7 +276,7 @@ def test_hostile_tickets_are_quarantined_and_the_rest_goes_on(
         (pending / f"0-{i}-{str(i) * 64}~g0f0").write_bytes(text)
     runner = run(StandIn())
     assert sorted(states(tmp_path)) == ["done", "quarantine", "quarantine", "quarantine"]
-    assert runner.tally.failed == 3
+    assert runner.failed == 3
     status = CliRunner().invoke(cli, ["status", "--config", str(config_file)])
     assert "was written by a newer autoeval" in status.stdout
     assert "command: unknown key" in status.stdout
@@ -386,6 +388,169 @@ def test_a_full_disk_keeps_the_ticket(
     assert states(tmp_path) == ["done"]
 
 
-def test_status_without_a_queue_says_what_to_do(config_file: Path) -> None:
+@pytest.mark.parametrize("command", [["status"], ["retry", "--all"], ["close", "run"]])
+def test_commands_without_a_queue_say_what_to_do(config_file: Path, command: list[str]) -> None:
     with pytest.raises(AutoEvalError, match="queue: not there yet"):
-        CliRunner().invoke(cli, ["status", "--config", str(config_file)], catch_exceptions=False)
+        CliRunner().invoke(cli, [*command, "--config", str(config_file)], catch_exceptions=False)
+
+
+def test_a_suite_that_is_changed_back_is_evaluated_as_it_was(
+    tmp_path: Path, checkpoint: MakeCheckpoint, config_file: Path, run: Run
+) -> None:
+    submit(checkpoint(100), step=100, config=config_file)
+    before = config_file.read_text()
+    config_file.write_text(before.replace("entries: [a]", "entries: [b]"))
+    refiled = StandIn(during=lambda job: pytest.fail("it is changed back before this is evaluated"))
+    with Progress() as progress:
+        runner = Runner(configs.load(str(config_file)), {"quick": [refiled]}, {}, progress)
+        token = runner.queue.claim()
+        assert token is not None
+        runner._process(token, None)  # type: ignore[arg-type]  # only filed again, which needs no lease
+    config_file.write_text(before)
+    sink = Shown()
+    run(StandIn(), sink=sink)
+    results, _ = store.done(tmp_path / "queue")
+    assert sorted(r.status for r in results) == ["ok", "refiled"]
+    (shown,) = sink.results
+    assert json.loads(shown.suite_text)["evaluators"][0]["entries"] == ["a"]
+    assert os.listdir(tmp_path / "out" / ".autoeval" / "pins") == []
+
+
+def test_runners_that_disagree_on_a_suite_do_not_file_it_back_and_forth_for_ever(
+    tmp_path: Path, checkpoint: MakeCheckpoint, config_file: Path
+) -> None:
+    submit(checkpoint(100), step=100, config=config_file)
+    other = tmp_path / "other.yaml"
+    other.write_text(config_file.read_text().replace("entries: [a]", "entries: [b]"))
+    fail = StandIn([AssertionError("the two take only each other's tickets here")])
+    with Progress() as progress:
+        two = [Runner(configs.load(str(f)), {"quick": [fail]}, {}, progress) for f in (other, config_file)]
+        for i in range(200):
+            token = two[i % 2].queue.claim()
+            if token is None:
+                break
+            two[i % 2]._process(token, None)  # type: ignore[arg-type]  # as above
+    assert i < 199
+    reasons = [f.failure.message for f in store.collect(tmp_path / "queue").failed]
+    assert any("runners of this queue define it differently" in reason for reason in reasons)
+
+
+def test_a_drain_waits_for_what_a_dead_runner_holds_and_not_for_a_live_one(
+    tmp_path: Path, checkpoint: MakeCheckpoint, config_file: Path, run: Run
+) -> None:
+    config_file.write_text(config_file.read_text().replace("lease: 6.0", "lease: 1.5"))
+    submit(checkpoint(100), step=100, config=config_file)
+    Queue(str(tmp_path / "queue"), runner="dead").claim()
+    evaluator = StandIn()
+    run(evaluator)
+    assert states(tmp_path) == ["done"]
+    assert len(evaluator.jobs) == 1
+    submit(checkpoint(200, b"two"), step=200, config=config_file)
+    live = Queue(str(tmp_path / "queue"), runner="live")
+    assert live.claim() is not None
+    with Lease(live, 1.5):
+        run(evaluator)
+        assert sorted(states(tmp_path)) == ["claimed", "done"]
+
+
+def test_a_claim_that_a_file_server_did_not_confirm_is_given_back(
+    tmp_path: Path, checkpoint: MakeCheckpoint, config_file: Path, run: Run
+) -> None:
+    submit(checkpoint(100), step=100, config=config_file)
+    Queue(str(tmp_path / "queue"), runner="r1").claim()     # done on the server, and `r1` does not know
+    run(StandIn(), name="r1")
+    assert states(tmp_path) == ["done"]
+
+
+def test_a_file_system_that_stalls_does_not_end_the_runner(
+    tmp_path: Path, checkpoint: MakeCheckpoint, config_file: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runners, "IDLE_S", (0.01, 0.05))
+    submit(checkpoint(100), step=100, config=config_file)
+    claim, faults = Queue.claim, iter(range(3))
+
+    def stale(self: Queue, **kwargs: object) -> object:
+        if next(faults, None) is not None:
+            raise OSError(116, "Stale file handle")
+        return claim(self, **kwargs)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Queue, "claim", stale)
+    run(StandIn())
+    assert states(tmp_path) == ["done"]
+
+
+def test_a_file_system_that_stalls_does_not_condemn_a_checkpoint(
+    tmp_path: Path, checkpoint: MakeCheckpoint, config_file: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit(checkpoint(100), step=100, config=config_file)
+    pread, faults = os.pread, iter(range(1))
+
+    def stale(*args: int) -> bytes:
+        if next(faults, None) is not None:
+            raise OSError(116, "Stale file handle")
+        return pread(*args)
+
+    monkeypatch.setattr(os, "pread", stale)
+    run(StandIn())
+    assert states(tmp_path) == ["done"]
+
+
+def test_weights_that_came_later_are_refused(
+    tmp_path: Path, checkpoint: MakeCheckpoint, config_file: Path, run: Run
+) -> None:
+    config_file.write_text(config_file.read_text() + "hook: {pin: none}\n")
+    path = checkpoint(100)
+    submit(path, step=100, config=config_file)
+    (path / "pytorch_model.bin").write_bytes(b"pickle")
+    run(StandIn())
+    (failed,) = store.collect(tmp_path / "queue").failed
+    assert "pytorch_model.bin: came after the manifest was taken" in failed.failure.message
+
+
+def test_a_stop_ends_the_wait_for_late_points(
+    tmp_path: Path, checkpoint: MakeCheckpoint, config_file: Path
+) -> None:
+    class Waiting(Shown):
+        def flush(self) -> bool:
+            return False
+
+    with Progress() as progress:
+        runner = Runner(configs.load(str(config_file)), {}, {"shown": Waiting()}, progress)
+        threading.Timer(0.5, runner.stopped.set).start()
+        began = time.monotonic()
+        assert not runner.run("drain")
+    assert time.monotonic() - began < 5
+
+
+def test_a_gap_in_the_heartbeat_is_not_forgotten(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    queue = Queue(str(tmp_path / "queue"))
+    queue.create()
+    hang = threading.Event()
+    beat = Queue.beat
+
+    def slow(self: Queue, fd: int, count: int) -> None:
+        if count == 2:
+            hang.wait(1.2)
+        beat(self, fd, count)
+
+    monkeypatch.setattr(Queue, "beat", slow)
+    with Lease(queue, 1.0) as lease:
+        claimed_at = boottime()
+        time.sleep(0.2)
+        assert lease.held_since(claimed_at)
+        time.sleep(2.0)
+        assert not lease.held_since(claimed_at)     # it beats again, and others may have taken the ticket meanwhile
+        assert lease.held_since(boottime())
+
+
+@pytest.mark.parametrize(
+    ("faults", "mode", "status"),
+    [([], "--drain", 0), ([CheckpointError("no")], "--drain", 1), ([AutoEvalError("later")], "--once", 75)],
+)
+def test_exit_statuses(
+    checkpoint: MakeCheckpoint, config_file: Path, monkeypatch: pytest.MonkeyPatch,
+    faults: list[Exception], mode: str, status: int,
+) -> None:  # fmt: skip
+    submit(checkpoint(100), step=100, config=config_file)
+    monkeypatch.setattr("eval_runner.registry.build_evaluators", lambda *a: [StandIn(faults)])
+    assert CliRunner().invoke(cli, ["run", mode, "--config", str(config_file)]).exit_code == status

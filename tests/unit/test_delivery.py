@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 
@@ -39,7 +40,7 @@ def test_failing_work_is_tried_again_and_holds_nobody_up(
     work.put(lambda: log.append("other"), "the other")
     assert work.flush(5)            # everything was tried once: pins are made, whatever the queue does
     assert log == ["flaky", "other"]
-    assert work.flush(5, retries=True)
+    assert work.finish(5)
     assert log == ["flaky", "other", "flaky", "flaky"]
     messages = [r.getMessage() for r in caplog.records]
     assert "autoeval: the flaky one failed and will be tried again: disk full" in messages
@@ -55,7 +56,7 @@ def test_what_cannot_succeed_is_given_up_and_freed(caplog: pytest.LogCaptureFixt
 
     work = Delivery()
     work.put(hopeless, "handing over x", lambda: freed.append(1))
-    assert work.flush(5, retries=True)
+    assert work.finish(5)
     assert freed == [1]
     assert [r.getMessage() for r in caplog.records] == ["autoeval: handing over x: given up: it is gone"]
 
@@ -75,6 +76,31 @@ def test_a_hang_is_waited_for_once(caplog: pytest.LogCaptureFixture) -> None:
     hang.set()
     assert after.wait(5)
     assert work.flush(5)
+
+
+def test_the_end_waits_as_long_as_something_is_finished() -> None:
+    work = Delivery()
+    for _ in range(5):
+        work.put(lambda: time.sleep(0.2), "slow work")
+    assert not work.flush(0.1)
+    began = time.monotonic()
+    assert work.finish(0.5)         # a second in all, and never half of one without progress
+    assert time.monotonic() - began > 0.5
+    hang = threading.Event()
+    work.put(lambda: hang.wait() and None, "hanging")
+    assert not work.finish(0.2)
+    hang.set()
+
+
+def test_a_process_that_forked_delivers_too() -> None:
+    work = Delivery()
+    work.put(lambda: None, "before")
+    assert work.flush(5)
+    child = os.fork()
+    if child == 0:
+        work.put(lambda: None, "in the child")
+        os._exit(0 if work.finish(5) else 1)
+    assert os.waitpid(child, 0)[1] == 0
 
 
 def test_the_guard_lets_only_interrupts_pass(caplog: pytest.LogCaptureFixture) -> None:

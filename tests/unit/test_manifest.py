@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +31,8 @@ def test_the_digest_is_of_content_step_and_run(checkpoint: MakeCheckpoint) -> No
 def test_what_only_resuming_needs_is_no_part_of_it(checkpoint: MakeCheckpoint) -> None:
     path = checkpoint()
     before = digest(path)
-    for name in ("rng_state_1.pth", "optimizer.bin", "scheduler.pt", "training_args.bin", "trainer_state.json"):
+    others = ("rng_state_1.pth", "optimizer.bin", "scheduler.pt", "training_args.bin", "trainer_state.json", "my.json")
+    for name in others:
         (path / name).write_bytes(b"new")
     (path / "global_step100").mkdir()
     assert digest(path) == before
@@ -70,6 +72,19 @@ def test_a_save_that_was_cut_off_is_refused(checkpoint: MakeCheckpoint) -> None:
 def test_a_deleted_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"gone: cannot be listed .* was it deleted\?"):
         digest(tmp_path / "gone")
+
+
+def test_a_fault_that_may_pass_is_not_held_against_the_checkpoint(
+    checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = checkpoint()
+
+    def stale(*args: int) -> bytes:
+        raise OSError(errno.ESTALE, "Stale file handle")
+
+    monkeypatch.setattr(os, "pread", stale)
+    with pytest.raises(OSError, match="Stale"):
+        digest(path)
 
 
 def test_a_file_that_changes_while_it_is_read_is_refused(

@@ -81,15 +81,18 @@ def test_releasing_twice_is_the_same_as_once(checkpoint: MakeCheckpoint) -> None
     assert (source / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize("name", ["out", "out/checkpoint-100", "out/.autoeval", "out/.autoeval/pins", "link"])
+@pytest.mark.parametrize(
+    "name", ["out", "out/checkpoint-100", "out/.autoeval", "out/.autoeval/pins", "out/.autoeval/pins/mine", "link"]
+)
 def test_nothing_but_a_pin_is_deleted(checkpoint: MakeCheckpoint, tmp_path: Path, name: str) -> None:
     checkpoint()
     pins = tmp_path / "out" / ".autoeval" / "pins"
-    pins.mkdir(parents=True)
+    (pins / "mine").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "out")
     with pytest.raises(CheckpointError, match="not a pin; not deleted"):
         pin.release(str(tmp_path / name))
     assert (tmp_path / "out" / "checkpoint-100" / "model.safetensors").exists()
+    assert (pins / "mine").exists()
 
 
 def test_a_link_in_the_place_of_a_pin_is_not_followed(checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
@@ -99,6 +102,12 @@ def test_a_link_in_the_place_of_a_pin_is_not_followed(checkpoint: MakeCheckpoint
     (pins / ID).symlink_to(source)
     with pytest.raises(CheckpointError, match="not a pin"):
         pin.release(str(pins / ID))
+    other = pins / ("b" * 64)
+    other.mkdir()
+    (pins / ("c" * 64)).symlink_to(other)
+    with pytest.raises(CheckpointError, match="not a pin"):
+        pin.release(str(pins / ("c" * 64)))
+    assert other.exists()
     elsewhere = tmp_path / "elsewhere" / ID
     elsewhere.mkdir(parents=True)
     (tmp_path / "trick" / ".autoeval").mkdir(parents=True)

@@ -308,6 +308,31 @@ def test_an_enqueue_that_failed_leaves_nothing_and_can_be_repeated(queue: Queue,
     assert queue.enqueue(ticket)
 
 
+def test_a_link_that_was_done_and_reported_as_failed_is_found_by_the_janitor(
+    queue: Queue, new_ticket: MakeTicket
+) -> None:
+    class Timeout(FileOps):
+        def link(self, src: str, dst: str) -> None:
+            super().link(src, dst)
+            raise OSError(errno.ETIMEDOUT, "Connection timed out", src)
+
+    ticket = new_ticket()
+    with pytest.raises(OSError, match="timed out"):
+        other(queue, ops=Timeout()).enqueue(ticket)
+    assert not queue.enqueue(ticket)
+    Keeper(queue, lease=60, max_failures=3).sweep()
+    token = queue.claim()
+    assert token is not None
+    assert queue.read(token) == ticket
+
+
+def test_what_a_stranger_left_in_tmp_stops_nothing(queue: Queue, new_ticket: MakeTicket, tmp_path: Path) -> None:
+    tmp = Path(queue.root) / "tmp"
+    (tmp / f"4-1-{'a' * 64}~g0f0~x").symlink_to(tmp_path)
+    os.mkfifo(tmp / f"4-1-{'b' * 64}~g0f0~x")
+    test_a_submitter_that_died_between_its_two_names_is_finished_by_the_janitor(queue, new_ticket)
+
+
 def test_short_writes_are_completed(queue: Queue, new_ticket: MakeTicket) -> None:
     class Short(FileOps):
         def write(self, fd: int, data: bytes) -> int:
@@ -347,10 +372,11 @@ def test_a_ticket_under_another_name_is_refused(queue: Queue, new_ticket: MakeTi
         queue.read(token)
 
 
-def test_links_pipes_and_directories_are_not_read(queue: Queue, tmp_path: Path) -> None:
-    (tmp_path / "secret").write_text("secret")
+def test_links_pipes_and_directories_are_not_read(queue: Queue, new_ticket: MakeTicket, tmp_path: Path) -> None:
+    ticket = new_ticket()
+    (tmp_path / "elsewhere").write_bytes(tickets.dump(ticket))
     pending = Path(queue.root) / "pending"
-    (pending / f"4-1-{'a' * 64}~g0f0").symlink_to(tmp_path / "secret")
+    (pending / f"4-1-{ticket.id}~g0f0").symlink_to(tmp_path / "elsewhere")
     os.mkfifo(pending / f"4-2-{'b' * 64}~g0f0")
     (pending / f"4-3-{'c' * 64}~g0f0").mkdir()
     for _ in range(3):

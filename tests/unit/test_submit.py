@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -10,8 +11,10 @@ import pytest
 
 from autoeval_hooks import __main__ as command
 from autoeval_hooks import pin
+from autoeval_hooks import ticket as tickets
 from autoeval_hooks.config import load
-from autoeval_hooks.handover import Handover, Save, training_id
+from autoeval_hooks.fsio import hostname
+from autoeval_hooks.handover import Handover, Save, remember, submit, tidy_pins, training_id
 from autoeval_hooks.queue import Queue
 from autoeval_hooks.run_identity import RunIdentity
 
@@ -38,6 +41,9 @@ def test_a_checkpoint_is_queued_once(
     ticket = queue.read(token)
     assert (ticket.manifest.step, ticket.manifest.tokens) == (100, 5000)
     assert os.listdir(os.path.dirname(ticket.pin)) == [ticket.id]
+    pin.release(ticket.pin)         # as the runner does once the result stands
+    assert command.main(argv) == 0
+    assert os.listdir(os.path.dirname(ticket.pin)) == []
 
 
 @pytest.mark.parametrize(
@@ -83,6 +89,71 @@ def test_a_file_system_that_cannot_pin_is_said_and_the_ticket_goes_all_the_same(
     monkeypatch.setattr(pin, "make", impossible)
     assert command.main(["submit", str(checkpoint()), "--step", "100", "--config", str(config)]) == 0
     assert any("Set `hook.pin: copy`" in r.getMessage() for r in caplog.records)
+
+
+def test_a_mistyped_path_leaves_nothing(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    typo = tmp_path / "typo" / "checkpoint-1"
+    assert command.main(["submit", str(typo), "--step", "100", "--config", str(config)]) == 2
+    assert "not a directory" in capsys.readouterr().err
+    assert not typo.parent.exists()
+
+
+def test_a_file_system_that_fails_for_now_is_said_so(
+    checkpoint: MakeCheckpoint, config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def stale(self: Queue, ticket: object) -> bool:
+        raise OSError(116, "Stale file handle")
+
+    monkeypatch.setattr(Queue, "enqueue", stale)
+    path = checkpoint()
+    assert command.main(["submit", str(path), "--step", "100", "--config", str(config)]) == 75
+    assert "Stale file handle; try again" in capsys.readouterr().err
+
+
+def test_a_checkpoint_given_by_hand_belongs_to_the_run_that_trained_it(
+    checkpoint: MakeCheckpoint, config: Path, tmp_path: Path
+) -> None:
+    path = checkpoint()
+    own = training_id(str(path.parent), resumed=False)
+    run = RunIdentity(own, name="n", project="p", wandb_id="w", wandb_mode="offline")
+    remember(str(path.parent), run)
+    submit(path, step=100, config=config)
+    queue = Queue(str(tmp_path / "queue"))
+    (token,) = queue.tokens("pending")
+    assert queue.read(token).manifest.run == run
+
+
+def test_pins_that_were_left_behind_are_freed_and_no_others(
+    checkpoint: MakeCheckpoint, config: Path, tmp_path: Path
+) -> None:
+    paths = {step: checkpoint(step, f"{step}".encode()) for step in (100, 200, 300)}
+    for step, path in paths.items():
+        submit(path, step=step, config=config)
+    queue = Queue(str(tmp_path / "queue"), runner="me")
+    by_step = {queue.read(t).manifest.step: t for t in queue.tokens("pending")}
+    pins = {step: queue.read(t).pin for step, t in by_step.items()}
+    for step in (100, 200):         # both done, and the runner died before it freed their pins
+        token = queue.claim(wanted=lambda t, step=step: t.ticket == by_step[step].ticket)  # type: ignore[misc]
+        assert token is not None
+        assert queue.complete(token)
+    first = queue.ticket(by_step[100].ticket)       # the first was filed again: its successor lives on its pin
+    assert queue.enqueue(tickets.new(first.manifest, "quick", "e" * 64, 5, first.pin))
+    directory = Path(pins[100]).parent
+    (directory / f".new-{hostname()}-999999999-abcdef12").mkdir()
+    (directory / f".new-{hostname()}-{os.getpid()}-abcdef12").mkdir()
+    (directory / ".new-otherhost-999999999-abcdef12").mkdir()
+    tidy_pins(queue, str(tmp_path / "out"))
+    assert set(os.listdir(directory)) == {
+        Path(pins[100]).name, Path(pins[300]).name, f".new-{hostname()}-{os.getpid()}-abcdef12",
+        ".new-otherhost-999999999-abcdef12",
+    }  # fmt: skip
+
+
+def test_runs_never_share_a_name_on_disk() -> None:
+    odd = [RunIdentity("i", project="p" * 100, entity="e" * 30, wandb_id=w) for w in ("one", "two")]
+    odd += [RunIdentity("i", project="a/b", wandb_id="w"), RunIdentity("i", project="a-b", wandb_id="w")]
+    assert len({run.key for run in odd}) == 4
+    assert all(re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,119}", run.key) for run in odd)
 
 
 def test_a_training_keeps_its_id_over_resumes_only(tmp_path: Path) -> None:

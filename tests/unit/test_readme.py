@@ -1,0 +1,59 @@
+"""What README says can be typed as it stands there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from autoeval_hooks import __main__ as hooks
+from autoeval_hooks.config import load as hook_load
+from eval_runner import config as configs
+from eval_runner import registry
+from eval_runner.cli import cli
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_the_configuration_is_right_on_both_sides(tmp_path: Path) -> None:
+    (text,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    path = tmp_path / "autoeval.yaml"
+    path.write_text(text)
+    (tmp_path / "held_out.jsonl").write_text('{"text": "some", "id": "1"}\n')
+    config = configs.load(str(path))
+    assert [registry.build_evaluators(config, suite) for suite in config.suites.values()]
+    assert registry.build_sinks(config)
+    assert hook_load(path).suites["quick"].digest == config.suites["quick"].digest
+
+
+def test_every_option_in_the_commands_table_exists() -> None:
+    rows = re.findall(r"^\| `autoeval-runner (\w+)(.*?)` (?:or (`.*?`) )?\|", README, re.MULTILINE)
+    assert {name for name, *_ in rows} == set(cli.commands)
+    for name, arguments, more in rows:
+        shown = CliRunner().invoke(cli, [name, "--help"]).output
+        for option in re.findall(r"--[a-z]+", arguments + more):
+            assert option in shown, (name, option)
+        for sub in re.findall(r"^ (\w+)\\\|(\w+)$", arguments):
+            assert all(word in shown for word in sub)
+
+
+def test_the_submit_command_exists(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "python -m autoeval_hooks submit PATH --step N --config FILE" in README
+    with pytest.raises(SystemExit) as ended:
+        hooks.main(["submit", "--help"])
+    assert ended.value.code == 0
+    assert {"path", "--step", "--config"} <= set(capsys.readouterr().out.replace("[", " ").split())
+
+
+def test_make_has_the_targets() -> None:
+    makefile = (ROOT / "Makefile").read_text()
+    for target in re.findall(r"^make ([\w-]+) ", README, re.MULTILINE):
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE), target
+
+
+def test_files_that_are_shown_are_there() -> None:
+    for path in re.findall(r"\]\((?!https?:)([^)]+)\)", README):
+        assert (ROOT / path).is_file(), path
