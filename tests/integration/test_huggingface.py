@@ -122,7 +122,7 @@ def test_a_second_training_in_the_same_place_is_another_run_and_a_resumed_one_is
 def test_a_save_without_an_event_is_found_when_training_resumes(
     tmp_path: Path, config: Path, tickets: Tickets
 ) -> None:
-    trainer(tmp_path / "out", steps=10).train()      # an older training, whose checkpoints lie there still
+    trainer(tmp_path / "out", steps=3, save_steps=3).train()     # an older training; its checkpoint-3 stays
     callback = AutoEvalCallback(config)
     first = trainer(tmp_path / "out", callback, steps=4)
     callback.on_save = lambda *a, **k: None  # type: ignore[method-assign]  # as a save on SIGTERM: no event
@@ -183,10 +183,22 @@ def test_what_is_handed_over_late_keeps_its_run(
 def test_a_save_without_an_event_is_found_when_training_ends(
     tmp_path: Path, config: Path, tickets: Tickets, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("autoeval_hooks.delivery.FIRST_PAUSE_S", 0.05)
+    enqueue, failures = Queue.enqueue, iter(range(3))
+
+    def flaky(self: Queue, ticket: Ticket) -> bool:
+        if next(failures, None) is not None:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return enqueue(self, ticket)
+
+    monkeypatch.setattr(Queue, "enqueue", flaky)
     callback = AutoEvalCallback(config)
     monkeypatch.setattr(callback, "on_save", lambda *a, **k: None)
     trainer(tmp_path / "out", callback).train()
-    assert sorted(tickets()) == [("quick", 2), ("quick", 4), ("quick", 6), ("slow", 4)]
+    found = tickets()
+    assert sorted(found) == [("quick", 2), ("quick", 4), ("quick", 6), ("slow", 4)]
+    pins = os.listdir(tmp_path / "out" / ".autoeval" / "pins")
+    assert sorted(pins) == sorted(t.id for t in found.values())     # what failed meanwhile left none behind
 
 
 def test_a_hanging_file_system_costs_one_deadline_and_a_warning(

@@ -134,3 +134,12 @@ def test_a_model_name_that_helm_would_read_otherwise_is_refused() -> None:
     assert deployment.model_name("step-100-0a1b") == "autoeval/step-100-0a1b"
     with pytest.raises(ConfigError, match="job name"):
         deployment.model_name("run/step,100")
+
+
+@pytest.mark.parametrize(("env", "says"), [("/nowhere", "does not start"), (None, "is not built")])
+def test_a_missing_environment_names_the_key_and_the_remedy(tmp_path: Path, env: str | None, says: str) -> None:
+    context = Context(tmp_path, tmp_path / "envs", "suites.quick.evaluators[0]", "autoeval.yaml")
+    evaluator = HelmEvaluator({"entries": ["mmlu:subject=anatomy"], "env": env}, context)
+    remedy = "run `autoeval-runner env create helm`"
+    with pytest.raises(ConfigError, match=rf"^autoeval.yaml: suites.quick.evaluators\[0\].env: .*{says}.*{remedy}"):
+        evaluator.check()

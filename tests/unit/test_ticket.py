@@ -49,6 +49,7 @@ def change(ticket: Ticket, path: str, value: Any) -> bytes:
         ("manifest.files.0.digest", "0" * 64, "not that of its content"),
         ("manifest.digest", "0" * 64, "not that of its content"),
         ("manifest.digest", "Z" * 64, "64 hexadecimal"),
+        ("manifest.weights_digest", "0" * 64, "not that of its content"),
         ("manifest.path", "relative", "not absolute"),
         ("manifest.path", "/a/../b", "not absolute and plain"),
         ("manifest.path", "", "no checkpoint path"),

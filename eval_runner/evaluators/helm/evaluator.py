@@ -7,12 +7,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from autoeval_hooks.errors import AutoEvalError
+from autoeval_hooks.errors import AutoEvalError, ConfigError
 from eval_runner import environments, process
 from eval_runner.evaluators.base import Context, Job, Outcome
 from eval_runner.evaluators.helm import deployment, plan, reason, scores
 from eval_runner.evaluators.helm.place import environment, share_data
-from eval_runner.evaluators.helm.settings import clean, digest, parse
+from eval_runner.evaluators.helm.settings import clean, digest, parse, prefixed
 from eval_runner.results.schema import Evaluation, Instance, Score
 
 SUITE = "autoeval"
@@ -90,7 +90,10 @@ class HelmEvaluator:
         env = self._settings.env
         if env and not env.startswith("conda:"):
             env = str(self._context.base_dir / Path(env).expanduser())
-        return environments.find(env, "helm", self._context.environments)
+        try:
+            return environments.find(env, "helm", self._context.environments)
+        except ConfigError as error:
+            raise ConfigError(prefixed(self._context, f"{self._context.where}.env: {error}")) from error
 
     def _plan(self, python: Path) -> plan.Plan:
         """Asked once for each environment; a changed data file is looked at in each evaluation."""
