@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import re
 import sys
@@ -32,10 +33,9 @@ class RunIdentity:
     @property
     def key(self) -> str:
         """The name of this run's directory under `relay/`."""
-        parts = [self.entity, self.project, self.wandb_id] if self.wandb_id else [self.id]
-        whole = "_".join(part for part in parts if part)
-        plain = re.sub(r"[^A-Za-z0-9._-]", "-", whole).lstrip(".")[:100]
-        return plain if plain == whole else f"{plain}-{hashlib.sha256(whole.encode()).hexdigest()[:8]}"
+        own = [self.wandb_base_url, self.entity, self.project, self.wandb_id] if self.wandb_id else [self.id]
+        readable = re.sub(r"[^A-Za-z0-9._-]", "-", self.wandb_id or self.id).lstrip(".-")[:80]
+        return f"{readable}-{hashlib.sha256(json.dumps(own).encode()).hexdigest()[:12]}"
 
 
 def current(run_id: str, *, name: str = "", project: str = "", entity: str = "") -> RunIdentity:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -64,7 +65,7 @@ def location(name: str, root: Path) -> Path:
     if name not in KINDS:
         raise ConfigError(f"environment {name!r} is not known{near(name, KINDS)}")
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
-    digest = hashlib.sha256(_lock(name).encode() + python.encode()).hexdigest()[:12]
+    digest = hashlib.sha256(f"{_lock(name)}{python} {platform.machine()}".encode()).hexdigest()[:12]
     return root / f"{name}-{digest}"
 
 
@@ -81,10 +82,11 @@ def listing(root: Path) -> list[Listed]:
 
 
 def create(name: str, root: Path, *, progress: Progress = lambda fraction, what: None) -> Path:
-    """Build the managed environment `name` unless it is there and works, and return its directory.
+    """Build the managed environment `name` unless it is there, and return its directory.
 
-    Raises ConfigError for an unknown name and AutoEvalError, with the end of pip's output, for a build that
-    failed. What pip writes is kept in `<directory>.log`.
+    An unfinished one is built anew. One that was finished and does not work here may work for others that share it:
+    it is left alone. Raises ConfigError for such a one and for an unknown name, and AutoEvalError, with the end of
+    pip's output, for a build that failed. What pip writes is kept in `<directory>.log`.
     """
     from filelock import FileLock, Timeout
 
@@ -100,7 +102,9 @@ def create(name: str, root: Path, *, progress: Progress = lambda fraction, what:
     except OSError as error:
         raise AutoEvalError(f"{root}: cannot hold environments ({error}); set AUTOEVAL_ENVS") from error
     try:
-        if not _works(name, directory):
+        if (directory / COMPLETE).exists():
+            _check_finished(name, directory)
+        else:
             _remove(directory, root)
             _build(name, directory, progress)
     finally:
@@ -128,15 +132,12 @@ def find(spec: str | None, name: str, root: Path) -> Path:
     return python
 
 
-def _works(name: str, directory: Path) -> bool:
-    """Whether the environment was built to its end, and its Python is still there."""
-    if not (directory / COMPLETE).exists():
-        return False
+def _check_finished(name: str, directory: Path) -> None:
     try:
         _check(directory / "bin" / "python", name)
-    except ConfigError:
-        return False
-    return True
+    except ConfigError as error:
+        remedy = f"it was complete once: if no other host uses it, remove {directory} first"
+        raise ConfigError(f"{error}; {remedy}") from error
 
 
 def _remedy(name: str) -> str:

@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 from autoeval_hooks import fsio
+from autoeval_hooks.errors import TicketError
 from autoeval_hooks.queue import Queue, Token
 from eval_runner.results import store
 from eval_runner.sinks.base import Sink
@@ -86,6 +87,9 @@ class Publisher:
         except store.ResultError as error:
             self._say(token.ticket, str(error))
             return True     # another look will not mend it; `status` names it too
+        except TicketError as error:
+            self._say(token.ticket, f"sink {name}, ticket {token.ticket[:12]}: {error}; it cannot be shown there")
+            return True
         except Exception as error:
             self._say(token.ticket, f"sink {name}, ticket {token.ticket[:12]}: {error}; will be tried again")
             return False

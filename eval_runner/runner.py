@@ -111,7 +111,9 @@ class Runner:
             if mode == "forever":
                 return True
             self.progress.settling()
-            return publisher.settle(SETTLE_S, self.stopped)
+            settled = publisher.settle(SETTLE_S, self.stopped)
+            self.stopped.set()      # a sink that is still at work ends soon
+            return settled
 
     def _housekeeping(self) -> None:
         """Now and then, with no ticket in hand: free what others hold and died with, and what we hold unknowingly."""

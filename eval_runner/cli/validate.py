@@ -7,7 +7,6 @@ import re
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import click
@@ -16,14 +15,15 @@ import yaml
 from autoeval_hooks import yamlfile
 from autoeval_hooks.errors import ConfigError
 from eval_runner import registry
+from eval_runner.cli.options import config_option
 from eval_runner.config import Config, load, schema
 from eval_runner.config.loader import effective
 
 
 @click.command()
-@click.option("--config", "file", type=click.Path(path_type=Path), default=Path("autoeval.yaml"), show_default=True)
+@config_option
 @click.option("--schema", "only_schema", is_flag=True, help="Print the JSON schema for editors, and check nothing.")
-def validate(file: Path, only_schema: bool) -> None:
+def validate(config_file: str, only_schema: bool) -> None:
     """Check the configuration and print it with all defaults.
 
     Evaluators check their settings and what they need on this machine. Secrets are never printed: what comes from
@@ -33,7 +33,7 @@ def validate(file: Path, only_schema: bool) -> None:
         click.echo(json.dumps(schema(), indent=2))
         return
     try:
-        config = load(file)
+        config = load(config_file)
     except ConfigError as error:
         click.echo(str(error), err=True)
         sys.exit(2)

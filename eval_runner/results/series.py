@@ -1,14 +1,16 @@
 """Scores as series over steps: which results belong to one line, and what it is called.
 
 Nothing is hidden, and nothing that cannot be compared shares a name. A suite's plain name is its definition
-that was evaluated last; results of an earlier definition are called ``suite@1a2b3c4d`` after its digest. A run's
-plain name has, at each step, the checkpoint that was evaluated last; where training went back and wrote the
-step again, the scores of the earlier checkpoint are called ``run@5e6f7a8b`` after that checkpoint's digest.
-"Last" is by the runner's clock: it picks a name, never a result.
+that was evaluated last; results of an earlier definition are called ``suite@1a2b3c4d`` after its digest. The files
+that an evaluator read belong to the definition: with other questions it is another one. A run's plain name has, at
+each step, the checkpoint that was saved last; where training went back and wrote the step again, the scores of the
+earlier checkpoint are called ``run@5e6f7a8b`` after that checkpoint's digest.
+"Last" is by the clocks of the runner and of the training host: it picks a name, never a result.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -36,15 +38,25 @@ def rows(results: Iterable[Result]) -> list[Row]:
     """All scores of the ok results, sorted by run, suite, benchmark, metric, split and step."""
     ok = sorted((r for r in results if r.status == "ok"), key=lambda r: (r.finished_at, r.generation, r.ticket))
     runs = run_names(ok)
-    last_definition = {r.suite: r.suite_digest for r in ok}
-    last_checkpoint = {(r.run.id, r.suite_digest, r.step): r.checkpoint_digest for r in ok}
+    last_definition = {r.suite: definition(r) for r in ok}
+    last_checkpoint = {
+        (r.run.id, definition(r), r.step): r.checkpoint_digest for r in sorted(ok, key=lambda r: r.saved_at)
+    }
     out: list[Row] = []
     for r in ok:
-        superseded = last_checkpoint[r.run.id, r.suite_digest, r.step] != r.checkpoint_digest
+        superseded = last_checkpoint[r.run.id, definition(r), r.step] != r.checkpoint_digest
         run = runs[r.run.id] + (f"@{r.checkpoint_digest[:8]}" if superseded else "")
-        suite = r.suite + (f"@{r.suite_digest[:8]}" if last_definition[r.suite] != r.suite_digest else "")
+        suite = r.suite + (f"@{definition(r)[:8]}" if last_definition[r.suite] != definition(r) else "")
         out.extend(Row(run, suite, r, s, superseded) for s in r.scores)
     return sorted(out, key=lambda row: (row.run, *row.key, row.result.step))
+
+
+def definition(result: Result) -> str:
+    """The digest of what was evaluated: the suite's definition and, where evaluators read files, their content."""
+    files = sorted(digest for e in result.evaluations for digest in e.provenance.values())
+    if not files:
+        return result.suite_digest
+    return hashlib.sha256(" ".join([result.suite_digest, *files]).encode()).hexdigest()
 
 
 def run_names(results: Sequence[Result]) -> dict[str, str]:

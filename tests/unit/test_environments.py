@@ -107,7 +107,7 @@ def test_conda_environments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     assert environments.find("conda:other", "helm", tmp_path) == neighbour
 
 
-def test_create_builds_once_and_again_what_is_unfinished_or_broken(
+def test_create_builds_once_again_what_is_unfinished_and_leaves_the_finished_alone(
     small: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PIP_COMPILE", "0")
@@ -131,9 +131,11 @@ def test_create_builds_once_and_again_what_is_unfinished_or_broken(
         ("helm", location, True, True)
     ]
     (location / "bin" / "python").unlink()
-    environments.create("helm", tmp_path)
-    assert not (location / "mark").exists()
-    assert environments.find(None, "helm", tmp_path)
+    with pytest.raises(ConfigError, match=rf"if no other host uses it, remove {location} first"):
+        environments.create("helm", tmp_path)
+    assert (location / "mark").exists()
+    monkeypatch.setattr("platform.machine", lambda: "another")
+    assert environments.location("helm", tmp_path) != location
 
 
 def test_a_build_that_fails_is_no_environment_and_says_why(

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from autoeval_hooks.errors import QueueError
 from eval_runner.cli.report import report as command
 from eval_runner.results import store
 from eval_runner.results.page.words import duration, number
@@ -295,7 +296,6 @@ def test_the_command_writes_both_files_and_says_where(tmp_path: Path) -> None:
 
 
 def test_the_command_names_a_queue_that_is_not_there(tmp_path: Path) -> None:
-    ran = CliRunner().invoke(command, ["--config", str(config(tmp_path)), "--out", str(tmp_path / "r")])
-    assert ran.exit_code == 1
-    assert f"Error: queue {tmp_path / 'queue'}: is not there" in ran.stderr
-    assert ran.stderr.count("\n") == 1
+    argv = ["--config", str(config(tmp_path)), "--out", str(tmp_path / "r")]
+    with pytest.raises(QueueError, match=f"queue {tmp_path / 'queue'}: is not there"):
+        CliRunner().invoke(command, argv, catch_exceptions=False)

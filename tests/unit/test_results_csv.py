@@ -4,14 +4,15 @@ import csv
 import dataclasses
 import io
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from autoeval_hooks import fsio
 from eval_runner.results import scores_csv
-from eval_runner.results.schema import Failure, Result
-from eval_runner.results.series import rows
+from eval_runner.results.schema import Evaluation, Failure, Result
+from eval_runner.results.series import definition, rows
 from tests.results_samples import T0, digest, result, score
 
 HEADER = "run,step,suite,benchmark,metric,split,value,stderr,n\n"
@@ -111,6 +112,31 @@ def test_a_step_that_was_written_again_has_two_names_and_loses_nothing() -> None
         ("demo", 2, 0.7, False),
         (f"demo@{first[:8]}", 2, 0.2, True),
     ]
+
+
+def test_of_two_checkpoints_of_a_step_the_one_saved_last_has_the_plain_name() -> None:
+    first, again = digest("first"), digest("again")
+    found = rows(
+        [
+            replace(result(2, score(0.7), checkpoint_digest=again, finished=T0 + 300), saved_at=T0 + 200),
+            replace(result(2, score(0.2), checkpoint_digest=first, finished=T0 + 400), saved_at=T0 + 100),
+        ]
+    )
+    assert [(r.run, r.score.value, r.superseded) for r in found] == [
+        ("demo", 0.7, False), (f"demo@{first[:8]}", 0.2, True),
+    ]  # fmt: skip
+
+
+def test_scores_over_other_files_are_another_definition() -> None:
+    old, new = (
+        replace(result(step, score(value), finished=T0 + step), evaluations=(
+            Evaluation("helm", 1.0, (score(value),), provenance={"/data/questions.jsonl": content}),))
+        for step, value, content in ((1, 0.1, "a" * 64), (2, 0.9, "b" * 64))
+    )  # fmt: skip
+    found = {r.result.step: r.suite for r in rows([old, new])}
+    assert found[2] == "quick"
+    assert found[1].startswith("quick@")
+    assert definition(old) != definition(new)
 
 
 def test_two_runs_of_one_name_are_told_apart() -> None:

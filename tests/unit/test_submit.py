@@ -152,7 +152,9 @@ def test_pins_that_were_left_behind_are_freed_and_no_others(
 def test_runs_never_share_a_name_on_disk() -> None:
     odd = [RunIdentity("i", project="p" * 100, entity="e" * 30, wandb_id=w) for w in ("one", "two")]
     odd += [RunIdentity("i", project="a/b", wandb_id="w"), RunIdentity("i", project="a-b", wandb_id="w")]
-    assert len({run.key for run in odd}) == 4
+    odd += [RunIdentity("i", project="b", entity="x_a", wandb_id="w"), RunIdentity("i", wandb_id="../../w")]
+    odd += [RunIdentity("i", project="a_b", entity="x", wandb_id="w", wandb_base_url=u) for u in ("", "http://x")]
+    assert len({run.key for run in odd}) == len(odd)
     assert all(re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]{0,119}", run.key) for run in odd)
 
 
