@@ -221,6 +221,23 @@ def test_check_names_every_entry_that_helm_does_not_know(
     assert "left_out" not in said
 
 
+@pytest.mark.parametrize(
+    ("schema", "text", "message"),
+    [
+        ("schema_clasic.yaml", None, "schema_clasic.yaml is no file, .*; did you mean 'schema_classic.yaml'"),
+        ("broken.yaml", "metrics: [", "broken.yaml is not a schema of HELM: while parsing"),
+        ("other.yaml", "metrics: 3", "other.yaml is not a schema of HELM: "),
+    ],
+)
+def test_a_schema_that_cannot_be_read(
+    evaluator: Callable[..., HelmEvaluator], base: Path, schema: str, text: str | None, message: str
+) -> None:
+    if text:
+        (base / schema).write_text(text)
+    with pytest.raises(ConfigError, match=rf"^autoeval.yaml: suites.quick.evaluators\[0\].schema: /.*{message}"):
+        evaluator(ENTRIES, schema=schema).check()
+
+
 @pytest.fixture(scope="module")
 def half_empty(evaluator: Callable[..., HelmEvaluator]) -> HelmEvaluator:
     """A suite whose second entry has data, and no instance to evaluate in them."""

@@ -89,6 +89,51 @@ def test_sub_splits_are_pooled_by_their_sizes(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("was_nan", "error", "message"),
+    [
+        (True, CheckpointError, "em covers only 10 of 100 instances of the split 'test', for it is not a number"),
+        (False, ConfigError, "em covers only 10 of 100 instances of the split 'test'; choose a metric"),
+    ],
+)
+@pytest.mark.parametrize("other", [{"sub_split": "toxic"}, {}])
+def test_a_metric_of_some_sub_splits_is_no_score(
+    tmp_path: Path, other: dict[str, str], was_nan: bool, error: type[Exception], message: str
+) -> None:
+    stats = [
+        _row("num_instances", [90.0], **other), _row("num_instances", [10.0], sub_split="clean"),
+        _row("em", [1.0], sub_split="clean"),
+    ]  # fmt: skip
+    with pytest.raises(error, match=message):
+        scores.read(_write(tmp_path, stats, []), "b", "em", "test", False, was_nan)
+
+
+def test_instances_in_no_sub_split_are_pooled_with_the_others(tmp_path: Path) -> None:
+    stats = [
+        _row("num_instances", [3.0]), _row("num_instances", [1.0], sub_split="a"),
+        _row("em", [1.0]), _row("em", [0.0], sub_split="a"),
+    ]  # fmt: skip
+    score, _ = scores.read(_write(tmp_path, stats, []), "b", "em", "test", False)
+    assert (score.value, score.n) == (0.75, 4)
+
+
+def test_a_metric_over_all_sub_splits_at_once(tmp_path: Path) -> None:
+    stats = [_row("num_instances", [float(n)], sub_split=s) for n, s in ((3, "a"), (1, "b"))]
+    score, _ = scores.read(_write(tmp_path, [*stats, _row("macro_f1", [0.7])], []), "b", "macro_f1", "test", False)
+    assert (score.value, score.n) == (0.7, 4)
+
+
+def test_n_counts_the_instances_that_have_the_metric(tmp_path: Path) -> None:
+    """HELM computes a metric of references only for instances that have some."""
+    values = [0.0, 1.0, 1.0, 1.0, 1.0]
+    instances = [_instance(f"id{i}", em=v) for i, v in enumerate(values)]
+    instances += [_instance(f"id{i}", num_prompt_tokens=3.0) for i in range(5, 100)]
+    stats = [_row("num_instances", [100.0]), _row("em", [0.8])]
+    score, found = scores.read(_write(tmp_path, stats, instances), "b", "em", "test", False)
+    assert (score.value, score.n, len(found)) == (0.8, 5, 5)
+    assert score.stderr == pytest.approx(statistics.stdev(values) / math.sqrt(5))
+
+
+@pytest.mark.parametrize(
     ("stats", "error", "message"),
     [
         ([], ConfigError, "no instances of the split 'test'; HELM found no data"),
@@ -110,6 +155,20 @@ def test_a_metric_that_helm_dropped_for_being_nan_is_the_checkpoints_fault(tmp_p
     _write(tmp_path, [_row("num_instances", [3.0])], [])
     with pytest.raises(CheckpointError, match="em is not a number"):
         scores.read(tmp_path, "b", "em", "test", False, was_nan=True)
+
+
+def test_a_dropped_metric_belongs_to_its_own_run_and_its_last_try(tmp_path: Path) -> None:
+    dropped, head = "x WARNING   Removing stat {} because its value is NaN\n", "x INFO  Running {} {{\n"
+    lines = [
+        dropped.format("of_no_run"),
+        head.format("a:b=held out,groups=0"), dropped.format("em"),
+        head.format("c"), dropped.format("f1"), dropped.format("f1"), "x INFO  }} [0.1s]\n",
+        head.format("a:b=held out,groups=0"), dropped.format("f1"),
+        head.format("d"),
+    ]  # fmt: skip
+    (tmp_path / "log").write_text("".join(lines))
+    assert reason.dropped_nan(tmp_path / "log") == {"a:b=held out,groups=0": {"f1"}, "c": {"f1"}, "d": set()}
+    assert reason.dropped_nan(tmp_path / "none") == {}
 
 
 def test_files_that_are_missing_or_torn(tmp_path: Path) -> None:

@@ -130,6 +130,14 @@ def test_digests_change_with_content_and_names(tmp_path: Path) -> None:
     assert len({before, changed, digest(tmp_path / "d")}) == 3
 
 
+def test_the_digest_of_a_plugin_does_not_change_by_importing_it(tmp_path: Path) -> None:
+    (tmp_path / "__init__.py").write_text("")
+    before = digest(tmp_path)
+    (tmp_path / "__pycache__").mkdir()
+    (tmp_path / "__pycache__" / "__init__.pyc").write_text("x")
+    assert digest(tmp_path) == before
+
+
 def test_a_model_name_that_helm_would_read_otherwise_is_refused() -> None:
     assert deployment.model_name("step-100-0a1b") == "autoeval/step-100-0a1b"
     with pytest.raises(ConfigError, match="job name"):

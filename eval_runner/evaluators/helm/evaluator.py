@@ -12,7 +12,7 @@ from eval_runner import environments, process
 from eval_runner.evaluators.base import Context, Job, Outcome
 from eval_runner.evaluators.helm import deployment, plan, reason, scores
 from eval_runner.evaluators.helm.place import environment, share_data
-from eval_runner.evaluators.helm.settings import clean, digest, parse, prefixed
+from eval_runner.evaluators.helm.settings import clean, digest, located, parse, prefixed
 from eval_runner.results.schema import Evaluation, Instance, Score
 
 SUITE = "autoeval"
@@ -38,7 +38,7 @@ class HelmEvaluator:
         python = self._python()
         job.progress(0.0, "asking HELM for the runs")
         planned = self._plan(python)
-        provenance = {str(path): digest(path) for path in planned.files}
+        provenance = {str(path): was for path, was in (planned.sources | {p: digest(p) for p in planned.files}).items()}
         name = deployment.model_name(job.name)
         output = job.work_dir / "output"
         deployment.write(job.work_dir / "models", name, job.path, job.tokenizer, self._settings.torch_dtype)
@@ -64,6 +64,7 @@ class HelmEvaluator:
             ]  # fmt: skip
             which = ", ".join(f"{e.where} ({e.description})" for e in unfinished[:3]) or self._context.where
             raise reason.failure(status, job.log, f"HELM failed at {which}")
+        dropped = reason.dropped_nan(job.log)
         all_scores: list[Score] = []
         instances: list[Instance] = []
         for i, one in enumerate(planned.entries):
@@ -76,7 +77,7 @@ class HelmEvaluator:
                 for metric in one.metrics:
                     score, values = scores.read(
                         directory, benchmark, metric, one.split, one.lower_is_better.get(metric),
-                        was_nan=reason.dropped_nan(job.log, metric),
+                        was_nan=metric in dropped.get(directory.name, ()),
                     )  # fmt: skip
                     all_scores.append(score)
                     instances += values
@@ -96,15 +97,16 @@ class HelmEvaluator:
             raise ConfigError(prefixed(self._context, f"{self._context.where}.env: {error}")) from error
 
     def _plan(self, python: Path) -> plan.Plan:
-        """Asked once for each environment; a changed data file is looked at in each evaluation."""
-        if python not in self._plans:
-            self._plans[python] = plan.make(self._settings, self._context, python, self._data_dir())
-        return self._plans[python]
+        """Asked once for each environment, and again once a file that the plan was made from has changed."""
+        known = self._plans.get(python)
+        if known is None or not known.is_current():
+            known = self._plans[python] = plan.make(self._settings, self._context, python, self._data_dir())
+        return known
 
     def _data_dir(self) -> Path:
         """HELM's data sets: the user's own directory, else one that all suites share."""
         if self._settings.data_dir:
-            return (self._context.base_dir / Path(self._settings.data_dir).expanduser()).absolute()
+            return located(self._context.base_dir, self._settings.data_dir)
         return self._context.environments / "helm-data"
 
     def _command(self, python: Path, name: str, planned: plan.Plan) -> list[str]:

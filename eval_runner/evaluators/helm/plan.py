@@ -18,7 +18,9 @@ from eval_runner.evaluators.helm.settings import (
     Entry,
     EntrySettings,
     Settings,
+    digest,
     entry_settings,
+    located,
     make_entries,
     prefixed,
 )
@@ -43,7 +45,16 @@ class Plan:
     versions: dict[str, str]
     plugins: tuple[str, ...]
     files: tuple[Path, ...]
-    """Local files and directories that the settings name; their digests belong to the results."""
+    """Data that the entries name, files and directories; their digests belong to the results."""
+    sources: dict[Path, str]
+    """Digests of the files that this plan was made from (entries_file, plugins, schema), as they were then."""
+
+    def is_current(self) -> bool:
+        """Whether `sources` are still what they were."""
+        try:
+            return all(digest(path) == was for path, was in self.sources.items())
+        except OSError:
+            return False
 
 
 def make(settings: Settings, context: Context, python: Path, data_dir: Path) -> Plan:
@@ -51,19 +62,29 @@ def make(settings: Settings, context: Context, python: Path, data_dir: Path) -> 
     with tempfile.TemporaryDirectory(prefix="autoeval-helm-") as name:
         work = Path(name)
         share_data(work, data_dir)
-        files: list[Path] = []
+        sources: dict[Path, str] = {}
         written, where = settings.entries, f"{context.where}.entries"
         if settings.entries_file:
             where = f"{context.where}.entries_file"
-            file = (context.base_dir / settings.entries_file).absolute()
+            file = located(context.base_dir, settings.entries_file)
+            if not file.is_file():
+                raise ConfigError(prefixed(context, f"{where}: {file} does not exist"))
+            sources[file] = digest(file)  # before it is read: a later edit makes this plan an old one
             written = _read_hocon(file, python, where, context, work)
-            files.append(file)
         entries = make_entries(written, where, settings.max_priority, context)
         plugins = (PLUGIN, *(_plugin(p, i, context) for i, p in enumerate(settings.plugins)))
         schema = _schema(settings.schema, context)
+        local = [path for p in (*plugins, schema or "") if (path := Path(p)).is_absolute() and path.exists()]
+        sources |= {path: digest(path) for path in local}
         answer = _probe(entries, plugins, schema, python, work)
     if error := answer.get("plugin_error"):
         raise ConfigError(prefixed(context, f"{context.where}.plugins: cannot be imported by HELM: {error}"))
+    if known := answer.get("known_schemas"):
+        file = located(context.base_dir, str(schema))
+        what = f"{file} is no file, and HELM has no schema {schema!r}{near(str(schema), known)}"
+        raise ConfigError(prefixed(context, f"{context.where}.schema: {what}"))
+    if error := answer.get("schema_error"):
+        raise ConfigError(prefixed(context, f"{context.where}.schema: {schema} is not a schema of HELM: {error}"))
     errors: list[str] = []
     planned = [
         _planned(entry, found, settings, errors) for entry, found in zip(entries, answer["entries"], strict=True)
@@ -73,9 +94,8 @@ def make(settings: Settings, context: Context, python: Path, data_dir: Path) -> 
                if key not in known]  # fmt: skip
     if errors:
         raise ConfigError("; ".join(prefixed(context, e) for e in errors))
-    files += [path for entry in entries for path in entry.files]
-    files += [Path(p) for p in (*plugins, schema or "") if p.startswith("/")]
-    return Plan(tuple(planned), answer["versions"], plugins, tuple(dict.fromkeys(files)))
+    files = dict.fromkeys(path for entry in entries for path in entry.files)
+    return Plan(tuple(planned), answer["versions"], plugins, tuple(files), sources)
 
 
 def _planned(entry: Entry, found: dict[str, Any], settings: Settings, errors: list[str]) -> Planned:
@@ -103,7 +123,7 @@ def _planned(entry: Entry, found: dict[str, Any], settings: Settings, errors: li
 
 def _plugin(plugin: str, index: int, context: Context) -> str:
     """A module's name as it is, a file's path made absolute."""
-    path = (context.base_dir / plugin).absolute()
+    path = located(context.base_dir, plugin)
     if path.exists():
         return str(path)
     if "/" in plugin or plugin.endswith(".py"):
@@ -115,8 +135,8 @@ def _schema(schema: str | None, context: Context) -> str | None:
     """A file beside the configuration, else the name of one that HELM ships."""
     if schema is None:
         return None
-    path = (context.base_dir / schema).absolute()
-    return str(path) if path.exists() else schema
+    path = located(context.base_dir, schema)
+    return str(path) if path.is_file() else schema
 
 
 def _probe(entries: tuple[Entry, ...], plugins: tuple[str, ...], schema: str | None, python: Path, work: Path) -> Any:
@@ -136,8 +156,6 @@ def _probe(entries: tuple[Entry, ...], plugins: tuple[str, ...], schema: str | N
 
 def _read_hocon(file: Path, python: Path, where: str, context: Context, work: Path) -> tuple[EntrySettings, ...]:
     """The entries of a file in HELM's own format, read by HELM's own parser."""
-    if not file.is_file():
-        raise ConfigError(prefixed(context, f"{where}: {file} does not exist"))
     parser = (
         "import json, sys, pyhocon; json.dump(pyhocon.ConfigFactory.parse_file(sys.argv[1]), open('hocon.json', 'w'))"
     )

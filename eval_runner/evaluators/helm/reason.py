@@ -19,6 +19,8 @@ _KINDS: tuple[tuple[str, type[AutoEvalError], str], ...] = (
     (r"ModuleNotFoundError|OptionalDependencyNotInstalled", ConfigError, "; install it in the HELM environment"),
 )  # fmt: skip
 _LAST = re.compile(r"^(?:[\w.]+\.)?(\w*(?:Error|Exception|CannotLoad|Interrupt|Enabled|Installed|NotFound)\w*: .+)$")
+_RUNNING = re.compile(r"\bRunning (.+?) \{")
+_DROPPED = re.compile(r"\bRemoving stat (.+?) because its value is NaN")
 _EMPTY = ("RunnerError",)  # only says that runs failed
 
 
@@ -37,9 +39,25 @@ def failure(status: int, log: Path, where: str) -> AutoEvalError:
     return AutoEvalError(f"{where}: {reason}; log: {log}")
 
 
-def dropped_nan(log: Path, metric: str) -> bool:
-    """Whether HELM left `metric` out of a run's results because it was not a number."""
-    return f"Removing stat {metric} because its value is NaN" in _text(log)
+def dropped_nan(log: Path) -> dict[str, set[str]]:
+    """The metrics that HELM left out of each run's results because they were not a number, by the run's name.
+
+    HELM does its runs one after the other and writes `Running NAME {` before each. A run that stands there
+    twice was tried again in the same log, and the last try counts. What stands before the first such line
+    (the start of a log that was cut) is known to be of no run.
+    """
+    dropped: dict[str, set[str]] = {}
+    metrics: set[str] = set()
+    try:
+        with log.open(encoding="utf-8", errors="replace") as lines:
+            for line in lines:
+                if run := _RUNNING.search(line):
+                    metrics = dropped[run.group(1)] = set()
+                elif stat := _DROPPED.search(line):
+                    metrics.add(stat.group(1))
+    except FileNotFoundError:
+        return {}
+    return dropped
 
 
 def _text(log: Path) -> str:

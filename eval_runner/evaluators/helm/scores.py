@@ -20,6 +20,8 @@ from eval_runner.results.schema import Instance, Score
 from eval_runner.results.statistics import mean_stderr, ratio_stderr, ratio_values
 
 Rows = list[dict[str, Any]]
+Sizes = dict[str | None, float]
+"""Instances of each sub-split; None is the key of those in no sub-split."""
 
 
 def read(
@@ -27,25 +29,29 @@ def read(
 ) -> tuple[Score, list[Instance]]:
     """The score `metric` of a run, and the values of its instances.
 
-    `split` None takes the only split of the run. `was_nan` says that HELM dropped this metric for being NaN.
-    Raises ConfigError for a run without instances or without this metric, CheckpointError for a value that
-    is not finite, AutoEvalError for files that a run should have left and did not.
+    `split` None takes the only split of the run. `was_nan` says that HELM dropped this metric for being NaN,
+    in the whole run or in a sub-split. The score's `n` counts the instances that have the metric, where their
+    values give the score: HELM computes some metrics only for instances with references. Else it counts all
+    instances of the split, and `stderr` is None.
+    Raises ConfigError for a run without instances, without this metric or with it in some sub-splits only;
+    CheckpointError for a value that is not finite, AutoEvalError for files that a run should have left and
+    did not.
     """
     stats, per_instance = _load(run / "stats.json"), _load(run / "per_instance_stats.json")
     rows = [row for row in stats if "perturbation" not in row["name"] and row["count"] > 0]
-    counts: dict[str, float] = defaultdict(float)
+    sizes: dict[str, Sizes] = defaultdict(dict)
     for row in rows:
         if row["name"]["name"] == "num_instances":
-            counts[row["name"]["split"]] += row["mean"]
+            sizes[row["name"]["split"]][row["name"].get("sub_split")] = row["mean"]
     if split is None:
-        if len(counts) > 1:
-            raise ConfigError(f"{benchmark}: no main split is known, and there are {', '.join(sorted(counts))}")
-        split = next(iter(counts), "test")
-    n = round(counts.get(split, 0))
+        if len(sizes) > 1:
+            raise ConfigError(f"{benchmark}: no main split is known, and there are {', '.join(sorted(sizes))}")
+        split = next(iter(sizes), "test")
+    n = round(sum(sizes[split].values())) if split in sizes else 0
     if n == 0:
         raise ConfigError(
             f"{benchmark}: the run has no instances of the split {split!r}; HELM found no data for it"
-            + (f" (it has {', '.join(sorted(counts))})" if counts else "")
+            + (f" (it has {', '.join(sorted(sizes))})" if sizes else "")
             + "; put the data under data_dir, or set HF_HUB_OFFLINE=0 where the network may be used"
         )
     values = [row for row in rows if row["name"].get("split") == split and row["name"]["name"] == metric]
@@ -54,13 +60,18 @@ def read(
     if not values:
         known = {row["name"]["name"] for row in rows if row["name"].get("split") == split}
         raise ConfigError(f"{benchmark}: the run has no metric {metric!r}{near(metric, known)}")
-    value = _pooled(values, rows, split)
+    value, covered = _pooled(values, sizes[split])
+    if covered != n:
+        what = f"{benchmark}: {metric} covers only {covered} of {n} instances of the split {split!r}"
+        if was_nan:
+            raise CheckpointError(f"{what}, for it is not a number in the others; the model's outputs are broken")
+        raise ConfigError(f"{what}; choose a metric that all sub-splits have by `metrics` beside `entries`")
     if not math.isfinite(value):
         raise CheckpointError(f"{benchmark}: {metric} is {value}; the model's outputs are broken")
     instances, stderr = _instances(per_instance, metric, split, value)
     higher = None if lower_is_better is None else not lower_is_better
     return (
-        Score(benchmark, metric, split, value, n, stderr, higher),
+        Score(benchmark, metric, split, value, len(instances) or n, stderr, higher),
         [Instance(benchmark, metric, split, key, v) for key, v in instances.items()],
     )
 
@@ -73,20 +84,19 @@ def _load(path: Path) -> Rows:
     return data
 
 
-def _pooled(values: Rows, rows: Rows, split: str) -> float:
-    """A row's mean; where a scenario has only sub-splits, their mean weighted by their instances."""
-    whole = [row for row in values if "sub_split" not in row["name"]]
-    if whole:
-        return float(whole[0]["mean"])
-    sizes = {
-        row["name"].get("sub_split"): row["mean"]
-        for row in rows
-        if row["name"]["name"] == "num_instances" and row["name"]["split"] == split
-    }
-    weights = [sizes.get(row["name"]["sub_split"], 0) for row in values]
-    if not sum(weights):
-        return math.nan
-    return float(sum(w * row["mean"] for w, row in zip(weights, values, strict=True)) / sum(weights))
+def _pooled(values: Rows, sizes: Sizes) -> tuple[float, int]:
+    """A metric of a split and the number of instances that it covers.
+
+    Where a scenario has sub-splits, it is their mean weighted by their instances, unless HELM computed it
+    over all of them at once.
+    """
+    found = {row["name"].get("sub_split"): float(row["mean"]) for row in values}
+    if None in found and (None not in sizes or len(sizes) == 1):
+        return found[None], round(sum(sizes.values()))
+    covered = sum(sizes.get(key, 0) for key in found)
+    if not covered:
+        return math.nan, 0
+    return sum(sizes.get(key, 0) * mean for key, mean in found.items()) / covered, round(covered)
 
 
 def _instances(per_instance: Rows, metric: str, split: str, value: float) -> tuple[dict[str, float], float | None]:

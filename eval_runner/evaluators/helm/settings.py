@@ -119,15 +119,21 @@ def benchmark_name(description: str) -> str:
     return ".".join(clean(part) for part in [spec, *values])
 
 
+def located(base_dir: Path, written: str) -> Path:
+    """The absolute path of what the settings write: relative to `base_dir`, `~` is the home directory."""
+    return (base_dir / Path(written).expanduser()).absolute()
+
+
 def clean(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "_", text).strip("_.") or "_"
 
 
 def digest(path: Path) -> str:
-    """``sha256:…`` of a file, or of the names and digests of all files of a directory."""
+    """``sha256:…`` of a file, or of the names and digests of all files of a directory but Python's caches."""
     if path.is_dir():
         total = hashlib.sha256()
-        for file in sorted(p for p in path.rglob("*") if p.is_file()):
+        files = [p for p in path.rglob("*") if p.is_file() and p.parent.name != "__pycache__"]
+        for file in sorted(files):
             total.update(f"{file.relative_to(path).as_posix()}\0{digest(file)}\n".encode())
         return f"sha256:{total.hexdigest()}"
     with path.open("rb") as file_:
@@ -149,7 +155,7 @@ def _entry(written: EntrySettings, where: str, base_dir: Path) -> Entry:
         if key in ("model_deployment", "groups"):
             raise ValueError(f"{written.description!r}: {key} is not for an entry to choose")
         if key.endswith("path"):
-            path = (base_dir / Path(value).expanduser()).absolute()
+            path = located(base_dir, value)
             if not path.exists():
                 raise ValueError(f"{written.description!r}: {path} does not exist")
             if "," in str(path):

@@ -3,7 +3,8 @@
 `python autoeval_helm_probe.py REQUEST ANSWER` reads and writes JSON files. The request holds `entries`
 (descriptions without a model), `plugins` and `schema`. The answer holds `versions`, and for each entry either
 `error` (with `kind` and `known`, the names that were possible) or `runs`: groups, the main metric and split,
-and which metrics are better when lower.
+and which metrics are better when lower. Instead of the entries' answers there is `plugin_error`, `schema_error`,
+or `known_schemas` where there is no file of the schema's name.
 """
 
 from __future__ import annotations
@@ -27,6 +28,7 @@ from helm.benchmark.scenarios.scenario import create_scenario
 from helm.common.object_spec import parse_object_spec
 
 MODEL = "autoeval/probe"
+STATIC = Path(helm_run.__file__).parent / "static"
 OWN = {"autoeval_bpb": ("bits_per_byte", "test"), "custom": ("exact_match", "test")}
 """Main metric and split of groups that no schema of HELM has."""
 
@@ -42,9 +44,18 @@ def main(request_file: str, answer_file: str) -> None:
     except Exception as error:
         answer["plugin_error"] = f"{type(error).__name__}: {error}"
     else:
-        schemas = _schemas(request["schema"])
-        answer["entries"] = [_entry(text, schemas) for text in request["entries"]]
+        answer |= _answers(request["entries"], request["schema"])
     Path(answer_file).write_text(json.dumps(answer), encoding="utf-8")
+
+
+def _answers(entries: list[str], chosen: str | None) -> dict[str, Any]:
+    if chosen and not (STATIC / chosen).is_file():
+        return {"known_schemas": sorted(path.name for path in STATIC.glob("schema_*.yaml"))}
+    try:
+        schemas = _schemas(chosen)
+    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:  # of the chosen file: those of HELM can be read
+        return {"schema_error": " ".join(str(error).split())}
+    return {"entries": [_entry(text, schemas) for text in entries]}
 
 
 def _versions() -> dict[str, str]:
@@ -54,14 +65,20 @@ def _versions() -> dict[str, str]:
 
 def _schemas(chosen: str | None) -> list[dict[str, Any]]:
     """HELM's tables of run groups and metrics: the chosen one, the classic one, then all others."""
-    import helm.benchmark
+    first = STATIC / "schema_classic.yaml"
+    others = sorted(STATIC.glob("schema_*.yaml"))
+    paths = dict.fromkeys([STATIC / chosen, first, *others] if chosen else [first, *others])
+    return [_schema(path) for path in paths]
 
-    static = Path(helm.benchmark.__file__).parent / "static"
-    first = static / "schema_classic.yaml"
-    others = sorted(static.glob("schema_*.yaml"))
-    paths = dict.fromkeys([static / chosen, first, *others] if chosen else [first, *others])
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    return [yaml.load(path.read_text(encoding="utf-8"), loader) for path in paths]
+
+def _schema(path: Path) -> dict[str, Any]:
+    schema = yaml.load(path.read_text(encoding="utf-8"), getattr(yaml, "CSafeLoader", yaml.SafeLoader))
+    if not isinstance(schema, dict):
+        raise ValueError("no mapping")
+    for key in ("metrics", "run_groups"):
+        if not all(isinstance(item, dict) and "name" in item for item in schema.get(key) or []):
+            raise ValueError(f"{key} is no list of mappings with a name")
+    return schema
 
 
 def _entry(description: str, schemas: list[dict[str, Any]]) -> dict[str, Any]:
