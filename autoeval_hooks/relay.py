@@ -7,16 +7,22 @@ The right to log is a lease: the hook logs only while its last heartbeat is youn
 (`ENDED_LEASE_S` after the end) on its own clock; the runner acts on its own only after it saw the heartbeat
 unchanged for much longer (`STALE_S`, `ENDED_STALE_S`) on its own. No two hosts' clocks are compared.
 
-Delivery to W&B is at least once. A point moves to `logged/` only `GRACE_S` after its row was complete (or when
-the W&B run was finished), which is longer than W&B takes to write or send a row. Whoever logs what is still in
-`points/` after the training process is gone first looks whether the row is there. What remains: the training
-process is suspended (SIGSTOP) beyond `STALE_S` and comes back, or its machine dies more than `GRACE_S` after
-the row while W&B could not send (such a point can be logged again from `results/`).
+Delivery to W&B is at least once. A point moves to `logged/` only `GRACE_S` after its row was complete, which is
+longer than W&B takes to write or send a row. The end of the process or of the W&B run moves nothing earlier: W&B has
+yet to send then, and nothing says whether it could. A point that this leaves in `points/` is the runner's: as the
+run's only writer it first looks whether the row is there, and then only moves the point. What remains:
+
+- Training resumes the W&B run before the runner did so (where the trainer logs by step and the run is not over, the
+  runner never does): the relay looks at no rows, and logs again what was logged in the last `GRACE_S` before the end
+  or the kill. The same value then stands twice at the same ``bench/step``.
+- The same, where the runner cannot read the run's offline directory: it logs these points again.
+- The training process is suspended (SIGSTOP) beyond `STALE_S` and comes back: a point of it can be there twice.
+- The training process dies while W&B could not send for more than `GRACE_S`: a point can be in `logged/` and not
+  in W&B. It can be logged again from `results/`.
 """
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import os
 import threading
@@ -85,7 +91,6 @@ class Relay:
         self._stopped = False
         self._ended: Ended | None = None
         self._marked = False
-        self._leaving = False
         self._wake = threading.Event()
         self._done = threading.Event()
         self._heartbeat = -1
@@ -106,7 +111,6 @@ class Relay:
             before, _active[self._dir] = _active.get(self._dir), self
         if before is not None:
             self._take_over(before)
-        atexit.register(self._at_exit)
         threading.Thread(target=self._loop, name="autoeval-relay", daemon=True).start()
 
     @never_raise
@@ -152,41 +156,26 @@ class Relay:
         if self._open is not None:
             self._known.add(self._open.ticket)
 
-    def _at_exit(self) -> None:
-        """The interpreter ends, and W&B's own exit hook will complete the open row and send everything."""
-        if os.getpid() == self._pid and not self._stopped:
-            self._done.clear()
-            self._leaving = True
-            self._wake.set()
-            self._done.wait(END_WAIT_S)
-
     # ---------------------------------------------------------------- the background thread
 
     def _loop(self) -> None:
-        while not self._stopped:
-            over = wandb_run() is not self._run
+        while not self._stopped and wandb_run() is self._run:
             try:
-                self._turn(over)
+                self._turn()
             except Exception as error:
                 self._say(f"{self._dir}: {error}")
-            if over:
-                break
             self._wake.wait(POLL_S)
             self._wake.clear()
         self._stopped = True
         self._done.set()
-        atexit.unregister(self._at_exit)
         with _active_lock:
             if _active.get(self._dir) is self:
                 del _active[self._dir]
         if self._heartbeat >= 0:
             os.close(self._heartbeat)
 
-    def _turn(self, over: bool) -> None:
-        if over:  # the W&B run was finished: all that was logged into it has been sent
-            self._settle(0.0, with_open=True)
-            return
-        ending, leaving = self._ended, self._leaving
+    def _turn(self) -> None:
+        ending = self._ended
         self._beat()
         self._load()
         if ending is not None:
@@ -195,20 +184,24 @@ class Relay:
             if not self._marked:
                 fsio.replace(os.path.join(self._dir, "ended.json"), encode(ending))
                 self._marked = True
-        self._settle(0.0 if leaving else GRACE_S, with_open=leaving)
-        if ending is not None or leaving:
+        self._settle()
+        if ending is not None:
             self._done.set()
 
     def _beat(self) -> None:
         now = clock()
+        if self._heartbeat >= 0:
+            if now - self._beat_at < BEAT_S * 0.9:
+                return
+            if os.fstat(self._heartbeat).st_nlink == 0:
+                if os.path.lexists(os.path.join(self._dir, "heartbeat")):
+                    self._stopped = True
+                    self._say(f"{self._dir}: another process trains this W&B run now; scores go to that one")
+                    return
+                os.close(self._heartbeat)  # it was removed, perhaps with all that stood beside it
+                self._heartbeat, self._marked = -1, False
         if self._heartbeat < 0:
             self._announce()
-        elif now - self._beat_at < BEAT_S * 0.9:
-            return
-        elif os.fstat(self._heartbeat).st_nlink == 0:
-            self._stopped = True
-            self._say(f"{self._dir}: another process trains this W&B run now; scores go to that one")
-            return
         self._beats += 1
         os.pwrite(self._heartbeat, f"{self._incarnation} {self._beats:020d}\n".encode(), 0)
         os.fsync(self._heartbeat)
@@ -282,13 +275,10 @@ class Relay:
                 self._run.log(self._ready[0].row(), commit=True)
                 self._complete.append((clock(), self._ready.popleft().ticket))
 
-    def _settle(self, age: float, *, with_open: bool) -> None:
-        """Move what was complete for `age` seconds to `logged/`."""
+    def _settle(self) -> None:
+        """Move what was complete for `GRACE_S` to `logged/`."""
         with self._lock:
-            if with_open and self._open is not None:
-                self._complete.append((0.0, self._open.ticket))
-                self._open = None
-            old = [item for item in self._complete if clock() - item[0] >= age]
+            old = [item for item in self._complete if clock() - item[0] >= GRACE_S]
         for item in old:
             name = f"{item[1]}.json"
             with contextlib.suppress(FileNotFoundError):  # taken by somebody who thought us dead

@@ -4,6 +4,9 @@ Each result becomes a file in the run's directory (autoeval_hooks.relay_files). 
 alive, its own writer logs them (autoeval_hooks.relay). Once it is gone `TABLE` says who does:
 this runner as the run's only writer (wandb_writer, in a child process), or nobody yet. W&B's row counter moves on with
 each row, so a run whose trainer logs with `step=` (Megatron) is written to only when it is over for good.
+
+What a runner holds that was killed while it logged is given back. If training has resumed by then, its relay logs
+these points without a look at the run's rows: one that the dead runner had already logged then stands there twice.
 """
 
 from __future__ import annotations
@@ -142,8 +145,6 @@ class WandbSink:
         name = f"{p.ticket}.json"
         data = files.encode(files.Point(files.VERSION, p.ticket, p.step, p.tokens, p.metrics))
         files.parse_point(data, name)
-        if not result.run.key:
-            raise AutoEvalError(f"{name}: the W&B run id {result.run.wandb_id!r} makes no directory name")
         directory = self._root / result.run.key
         for part in ("points", "taken", "logged"):
             (directory / part).mkdir(parents=True, exist_ok=True)
@@ -186,6 +187,10 @@ class WandbSink:
         """Log the points of one run if that is ours to do now; why they wait, or ""."""
         case, run, by_step = self._case(directory)
         if case.way in ("relay", "wait"):
+            if _taken(directory):
+                with _alone(directory / "writer.lock") as alone:
+                    if alone:  # who took them is dead, and a training that resumed can log them
+                        _give_back(directory)
             return case.why
         watched = self._watched[directory]
         if files.clock() < watched.not_before:
@@ -344,13 +349,18 @@ def _read(cls: type[T], path: Path) -> T | None:
 
 
 def _count(directory: Path) -> int:
-    with contextlib.suppress(FileNotFoundError):
-        return len(files.waiting(str(directory))) + len(os.listdir(directory / "taken"))
-    return len(files.waiting(str(directory)))
+    return len(files.waiting(str(directory))) + len(_taken(directory))
+
+
+def _taken(directory: Path) -> list[str]:
+    try:
+        return os.listdir(directory / "taken")
+    except FileNotFoundError:
+        return []
 
 
 def _give_back(directory: Path) -> None:
-    for name in os.listdir(directory / "taken"):
+    for name in _taken(directory):
         with contextlib.suppress(FileNotFoundError):
             os.rename(directory / "taken" / name, directory / "points" / f"{name.split('~')[0]}.json")
 

@@ -117,10 +117,11 @@ class TestWhatComesOut:
 
     def test_wandb_sync_makes_one_run_of_it(self, out: Path, tmp_path: Path) -> None:
         """Against the loopback backend of these tests, which stands in for W&B's service."""
-        directories = [log.parent for log in wandb_log.logs(out / "wandb")]
+        shutil.copytree(out / "wandb", tmp_path / "wandb", symlinks=True)      # `sync` marks what it has sent
+        directories = [log.parent for log in wandb_log.logs(tmp_path / "wandb")]
         run_id = directories[0].name.split("-")[-1]
         with wandb_backend.backend() as service:
-            env = wandb_backend.environment(tmp_path, "online", service.url)
+            env = wandb_backend.environment(tmp_path / "sync", "online", service.url)
             wandb = Path(sys.executable).with_name("wandb")
             subprocess.run([wandb, "sync", *directories], env=env, check=True, capture_output=True, timeout=120)
             run = service.run("autoeval-demo", run_id)
@@ -227,7 +228,8 @@ def test_an_interrupted_demo_leaves_no_process(tmp_path: Path, number: signal.Si
     place = tmp_path / "out"
     child = subprocess.Popen(command(place), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
     try:
-        wait_until(lambda: evaluating(place), 150)
+        wait_until(lambda: child.poll() is not None or evaluating(place), 150)
+        assert child.poll() is None, "it ended before HELM had started"
         assert len(processes_of(place)) >= 3    # training, the runner, HELM, and what they started
     finally:
         child.send_signal(number)
@@ -282,7 +284,8 @@ class TestOutputDirectory:
         foreign = tmp_path / "thesis"
         foreign.mkdir()
         (foreign / "chapter1.tex").write_text("years of work")
-        (tmp_path / "link").symlink_to(foreign)
+        with demo.claimed(tmp_path / "other"):
+            (tmp_path / "link").symlink_to(tmp_path / "other")      # a demo's own, but not what was named
         (tmp_path / "file").touch()
         for place in (foreign, tmp_path / "link", tmp_path / "file"):
             with pytest.raises(demo.DemoError, match="choose another by --out"), demo.claimed(place):

@@ -6,12 +6,16 @@ import os
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from autoeval_hooks import relay_files as files
 from autoeval_hooks.relay_files import AXIS
+from eval_runner.sinks.base import Context
+from eval_runner.sinks.wandb import WandbSink
 from tests import wandb_log
 from tests.wandb_runs import ROOT, Backend, backend, environment, expected, rows, scores, train, training_rows
 
@@ -25,7 +29,7 @@ def service() -> Iterator[Backend]:
 @pytest.mark.parametrize("mode", ["offline", "online"])
 @pytest.mark.parametrize("by_step", [False, True], ids=["huggingface", "by_step"])
 def test_points_join_the_run_and_no_training_row_changes(
-    tmp_path: Path, service: Backend, mode: str, by_step: bool
+    tmp_path: Path, service: Backend, mode: str, by_step: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     service.runs.clear()
     plain, scored = tmp_path / "plain", tmp_path / "scored"
@@ -34,7 +38,7 @@ def test_points_join_the_run_and_no_training_row_changes(
     service.runs.clear()
 
     points = {"2": [30], "4": [10, 20]} if by_step else {"2": [30], "4": [10, 20], "end": [40, 50], "after": [15, 60]}
-    done = train(environment(scored, mode, service.url), scored / "q", 15, by_step=by_step, points=points)
+    done = train(environment(scored, mode, service.url), scored / "q", 15, by_step=by_step, planned=15, points=points)
     found = rows(service if mode == "online" else scored)
 
     assert training_rows(found) == without  # every key, `_step` included
@@ -45,9 +49,19 @@ def test_points_join_the_run_and_no_training_row_changes(
         assert len(found) == 15  # no row of ours: the next step is free
     # A wandb call takes 0.15 ms. The bound is loose for a machine with neighbours.
     assert statistics.median(done["costs"]) < 0.001
-    logged = os.listdir(scored / "q" / "relay" / done["key"] / "logged")
-    assert len(logged) == len(order)
-    assert os.listdir(scored / "q" / "relay" / done["key"] / "points") == []
+
+    # The last points wait until the runner has seen their rows, and are not logged again.
+    for key, value in environment(tmp_path / "runner", "online", service.url).items():
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(files, "ENDED_STALE_S", 0.1)
+    sink = WandbSink({}, Context(queue=scored / "q", runner="r-1", where="sinks[0]"))
+    end = time.monotonic() + 20
+    while not sink.flush() and time.monotonic() < end:
+        time.sleep(0.05)
+    assert sink.waiting == []
+    assert rows(service if mode == "online" else scored) == found
+    assert len(wandb_log.logs(scored, "r1")) == 1  # nor is there another log beside the training's
+    assert len(os.listdir(scored / "q" / "relay" / done["key"] / "logged")) == len(order)
 
 
 def test_each_metric_has_its_axis_and_the_trainers_definitions_stay(tmp_path: Path) -> None:

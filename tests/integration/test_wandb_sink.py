@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 from autoeval_hooks import relay_files as files
+from autoeval_hooks.run_identity import RunIdentity
 from eval_runner.sinks import wandb as sinks
 from eval_runner.sinks.base import Context
 from eval_runner.sinks.wandb import WandbSink, close_run
@@ -59,6 +60,11 @@ def make_sink(tmp_path: Path, service: Backend, monkeypatch: pytest.MonkeyPatch)
     return make
 
 
+def ours(service: Backend) -> RunIdentity:
+    """The run that the stand-in trainer trains."""
+    return replace(IDENTITY, wandb_base_url=service.url)
+
+
 def flush(sink: WandbSink, seconds: float = 20.0) -> bool:
     """Flush until nothing waits or the time is over."""
     end = time.monotonic() + seconds
@@ -85,7 +91,7 @@ def test_killed_training_online(tmp_path: Path, service: Backend, make_sink: Mak
     train(env, tmp_path / "q", 12, points={"2": [10], "10": [20], "end": [30]}, end=False, leave="kill", status=-9,
           grace=60.0, linger=2.5)  # fmt: skip
     sink = make_sink()
-    sink.publish(result(5))
+    sink.publish(result(5, ours(service)))
     before = training_rows(rows(service))
     run = service.run("p", "r1")
     waits(sink, "is running")
@@ -111,6 +117,27 @@ def test_killed_training_online(tmp_path: Path, service: Backend, make_sink: Mak
     assert rows(service) == found
 
 
+@pytest.mark.parametrize("sent", [True, False], ids=["sent", "lost"])
+def test_a_script_that_ends_in_order(tmp_path: Path, service: Backend, make_sink: MakeSink, sent: bool) -> None:
+    """W&B sends in its exit hook, after the relay. What could be lost there waits until the row has been seen.
+    A service that loses what comes stands in for a job that is killed while the hook sends."""
+    service.loses_rows = not sent
+    env = environment(tmp_path / "t", "online", service.url)
+    train(env, tmp_path / "q", 5, points={"2": [10], "end": [20]}, planned=5, grace=40.0)
+    service.loses_rows = False
+    directory = tmp_path / "q" / "relay" / ours(service).key
+    assert os.listdir(directory / "logged") == []
+    assert len(os.listdir(directory / "points")) == 2
+    before = rows(service)
+    assert scores(before) == (expected(10, 20) if sent else [])
+    sink = make_sink()
+    assert flush(sink)
+    assert sorted(scores(rows(service))) == expected(10, 20)
+    assert len(os.listdir(directory / "logged")) == 2
+    if sent:
+        assert rows(service) == before
+
+
 def _axes(definitions: list[dict[str, object]]) -> dict[object, object]:
     """Name or pattern → step metric, from a run's config."""
     names = [d.get("1") or d["2"] for d in definitions]
@@ -124,7 +151,7 @@ def test_killed_training_offline_and_sync(tmp_path: Path, service: Backend, make
           grace=60.0, linger=2.5)  # fmt: skip
     before = training_rows(rows(tmp_path / "t"))
     sink = make_sink()
-    sink.publish(result(5, with_mode("offline")))
+    sink.publish(result(5, replace(with_mode("offline"), wandb_base_url=env["WANDB_BASE_URL"])))
     assert flush(sink)
     logs = wandb_log.logs(tmp_path / "t", "r1")
     assert len(logs) == 2
@@ -161,7 +188,7 @@ def test_by_step_run_keeps_its_next_step_free(tmp_path: Path, service: Backend, 
     assert (companion.group, companion.job_type, companion.state) == ("g", "eval", "finished")
     assert len(rows(service)) == 10
 
-    sink.publish(result(5))
+    sink.publish(result(5, ours(service)))
     waits(sink, "autoeval-runner close RUN")
     train(env, tmp_path / "q", 10, start=11, resume="must", points={"20": [6]}, leave="finish", **steps)
     found = rows(service)
@@ -181,13 +208,13 @@ def test_without_the_guard_a_resumed_by_step_run_loses_rows(
     train(env, tmp_path / "q", 6, by_step=True, planned=20, points={"end": [3, 4]}, leave="finish")
     sink = make_sink()
     waits(sink, "autoeval-runner close RUN")
-    assert close_run(tmp_path / "q", "r1") == "tester_p_r1"
+    assert close_run(tmp_path / "q", "r1") == ours(service).key
     assert flush(sink)
     assert scores(rows(service)) == expected(3, 4)
     assert len(training_rows(rows(service))) == 6
     train(env, tmp_path / "q", 4, start=7, resume="must", by_step=True, leave="finish")
     assert len(training_rows(rows(service))) == 8
-    assert not (tmp_path / "q" / "relay" / "tester_p_r1" / "closed").exists()  # it is not over, as it turned out
+    assert not (tmp_path / "q" / "relay" / ours(service).key / "closed").exists()  # it is not over, as it turned out
 
 
 def test_a_service_that_hangs_or_loses_rows(
@@ -197,7 +224,7 @@ def test_a_service_that_hangs_or_loses_rows(
     train(env, tmp_path / "q", 3, leave="finish")
     before = set(wandb_processes())
     sink = make_sink()
-    sink.publish(result(5))
+    sink.publish(result(5, ours(service)))
     monkeypatch.setattr(sinks, "WRITER_TIMEOUT_S", 4.0)
     service.hang.clear()
     flush(sink, 2.0)
@@ -206,7 +233,7 @@ def test_a_service_that_hangs_or_loses_rows(
     while set(wandb_processes()) - before and time.monotonic() < end:
         time.sleep(0.1)
     assert set(wandb_processes()) - before == set()
-    assert len(os.listdir(tmp_path / "q" / "relay" / "tester_p_r1" / "points")) == 1  # given back
+    assert len(os.listdir(tmp_path / "q" / "relay" / ours(service).key / "points")) == 1  # given back
 
     service.hang.set()
     monkeypatch.setattr(sinks, "WRITER_TIMEOUT_S", 60.0)
@@ -239,12 +266,12 @@ def test_two_runners_and_one_that_died(tmp_path: Path, service: Backend, make_si
     assert definitions == {"train/global_step": None, "loss": None, "*": "train/global_step"}
     run.set_state("failed")
     first, second = make_sink("r-1"), make_sink("r-2")
-    directory = tmp_path / "q" / "relay" / "tester_p_r1"
+    directory = tmp_path / "q" / "relay" / ours(service).key
     for step in (5, 6, 7):
-        first.publish(result(step))
+        first.publish(result(step, ours(service)))
     os.rename(directory / "points" / f"{6:064x}.json", directory / "taken" / f"{6:064x}~dead")
     for step in (5, 6, 7):
-        second.publish(result(step))  # a replay
+        second.publish(result(step, ours(service)))  # a replay
     assert sorted(os.listdir(directory / "points")) == [f"{step:064x}.json" for step in (5, 7)]
     threads = [threading.Thread(target=flush, args=(sink,)) for sink in (first, second)]
     for thread in threads:
@@ -258,7 +285,7 @@ def test_two_runners_and_one_that_died(tmp_path: Path, service: Backend, make_si
     assert {name: axes[name] for name in definitions} == definitions
     assert axes["bench/s/arc/acc"] == "bench/step"
     assert run.summary["loss"] == {"min": pytest.approx(1 / 3)}
-    first.publish(result(5))
+    first.publish(result(5, ours(service)))
     assert os.listdir(directory / "points") == []
 
 
@@ -269,8 +296,8 @@ def test_training_that_comes_back_meanwhile_gets_the_points(
     env = environment(tmp_path / "t", "online", service.url)
     train(env, tmp_path / "q", 3, leave="finish")
     sink = make_sink()
-    sink.publish(result(5))
-    directory = tmp_path / "q" / "relay" / "tester_p_r1"
+    sink.publish(result(5, ours(service)))
+    directory = tmp_path / "q" / "relay" / ours(service).key
     run_writer = sinks.process.run
 
     def resume_first(*args: object, **kwargs: object) -> int:

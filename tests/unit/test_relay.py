@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import sys
 import threading
 import time
@@ -233,9 +234,11 @@ def test_no_run_another_run_and_a_run_that_ends(
     make: Callable[..., Relay], run: StandInRun, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     relay = make()
-    drop(directory, [1, 2])
-    ready(relay, 2)
+    monkeypatch.setattr(relays, "GRACE_S", 60.0)
+    drop(directory, [1, 2, 3])
+    ready(relay, 3)
     step(relay, run)
+    step(relay, run)  # the row of 1 is complete, that of 2 is open
     monkeypatch.setattr(relays, "POLL_S", 0.5)
     time.sleep(0.05)  # the background thread sleeps now: the training thread sees the change first
     sys.modules["wandb"].run = StandInRun("other")  # type: ignore[attr-defined]
@@ -244,8 +247,9 @@ def test_no_run_another_run_and_a_run_that_ends(
     until(lambda: relay._stopped)
     relay.on_log()
     relay.end(5)  # returns at once
-    assert run.steps == [1]
-    assert names(directory, "logged") == [f"{point(1).ticket}.json"]  # W&B completed and sent it when it finished
+    assert run.steps == [1, 2]
+    assert len(names(directory, "points")) == 3  # whether W&B could send when it finished is not known
+    assert names(directory, "logged") == []
     beat = (directory / "heartbeat").read_text()
     time.sleep(0.1)
     assert (directory / "heartbeat").read_text() == beat
@@ -325,6 +329,24 @@ def test_another_process_that_trains_the_run_ends_ours(
     drop(directory, [1])
     step(relay, run)
     assert run.steps == []
+
+
+@pytest.mark.parametrize("whole", [False, True], ids=["file", "directory"])
+def test_a_heartbeat_that_vanishes_is_made_again(
+    make: Callable[..., Relay], run: StandInRun, directory: Path, whole: bool
+) -> None:
+    relay = make()
+    relay.end(5)
+    if whole:
+        os.rename(directory, directory.with_name("moved"))  # so that nothing comes back while it is removed
+        shutil.rmtree(directory.with_name("moved"))
+    else:
+        os.unlink(directory / "heartbeat")
+    until(lambda: (directory / "heartbeat").exists() and (directory / "ended.json").exists())
+    assert announced(directory) == relay._incarnation
+    drop(directory, [1])
+    until(lambda: names(directory, "logged") == [f"{point(1).ticket}.json"])
+    assert run.steps == [1]
 
 
 def test_a_resumed_training_reopens_a_closed_run(make: Callable[..., Relay], directory: Path) -> None:

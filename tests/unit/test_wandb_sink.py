@@ -162,6 +162,25 @@ def test_by_step_and_not_over_waits(
     assert not writer[2][0].companion
 
 
+def test_a_resumed_training_gets_what_a_dead_runner_held(
+    directory: Path, make_sink: Callable[..., WandbSink], now: list[float], writer: list[Any]
+) -> None:
+    """But not what a runner holds that lives: it has the lock."""
+    name = f"{point(5).ticket}.json"
+    os.rename(directory / "points" / name, directory / "taken" / f"{point(5).ticket}~dead")
+    sink = make_sink()
+    with sinks._alone(directory / "writer.lock") as alone:
+        assert alone
+        assert not sink.flush()
+        assert os.listdir(directory / "points") == []
+    (directory / "heartbeat").write_text(BEAT.replace("1", "2"))
+    assert not sink.flush()
+    assert "alive" in sink.waiting[0].why
+    assert os.listdir(directory / "points") == [name]
+    assert os.listdir(directory / "taken") == []
+    assert writer[1:] == []
+
+
 def test_a_run_that_no_hook_announced_waits_for_the_user(
     tmp_path: Path, make_sink: Callable[..., WandbSink], now: list[float], writer: list[Any]
 ) -> None:
@@ -310,7 +329,7 @@ def test_closing_a_run_that_is_not_or_is_two(tmp_path: Path, directory: Path) ->
     other = tmp_path / "relay" / "other"
     other.mkdir()
     (other / "identity.json").write_bytes(files.encode(replace(IDENTITY, wandb_id="r2")))
-    with pytest.raises(ConfigError, match=r"2 runs called 'the training'; name one of other, tester_p_r1"):
+    with pytest.raises(ConfigError, match=f"2 runs called 'the training'; name one of other, {IDENTITY.key}"):
         close_run(tmp_path, "the training")
     assert close_run(tmp_path, "r2") == "other"
     assert (other / "closed").exists()
