@@ -13,7 +13,7 @@ import json
 import os
 import time
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 
 from autoeval_hooks.errors import CheckpointError
 from autoeval_hooks.fsio import hostname
@@ -146,10 +146,6 @@ def record(directory: str, name: str) -> FileRecord:
     if (before.st_size, before.st_mtime_ns) != (after.st_size, after.st_mtime_ns):
         raise CheckpointError(f"{full}: changed while it was read")
     return FileRecord(name, before.st_size, before.st_mtime_ns, digest)
-
-
-def to_json(manifest: Manifest) -> dict[str, object]:
-    return asdict(manifest)
 
 
 def _digest(fd: int, size: int) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 
@@ -36,7 +37,8 @@ class Lease:
     def __exit__(self, *exc: object) -> None:
         self._over.set()
         self._thread.join()
-        self._queue.stop_heart(self._fd)
+        with contextlib.suppress(OSError):      # a heartbeat that stays behind is one of the dead
+            self._queue.stop_heart(self._fd)
 
     def held_since(self, moment: float) -> bool:
         """Whether our signs of life have come often enough, from `moment` (`boottime` seconds) until now, for what we
