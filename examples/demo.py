@@ -58,7 +58,7 @@ class Plan:
         return list(range(self.save_steps, self.steps + 1, self.save_steps))
 
 
-QUICK = Plan(steps=100, save_steps=20, excerpts=20, questions=16, duration="about two minutes on two cores")
+QUICK = Plan(steps=250, save_steps=50, excerpts=50, questions=16, duration="about two minutes on two cores")
 
 
 class DemoError(Exception):
