@@ -83,7 +83,8 @@ def wilson(proportion: float, n: int) -> tuple[float, float]:
     z2 = Z95**2
     centre = (proportion + z2 / (2 * n)) / (1 + z2 / n)
     half = Z95 / (1 + z2 / n) * math.sqrt(proportion * (1 - proportion) / n + z2 / (4 * n * n))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # At the ends the bound is exact; the difference of two equal numbers is not.
+    return (0.0 if proportion == 0 else centre - half), (1.0 if proportion == 1 else centre + half)
 
 
 @dataclass(frozen=True)

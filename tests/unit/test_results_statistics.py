@@ -184,3 +184,10 @@ def test_unpaired_scores_by_both_errors() -> None:
     assert found.p == pytest.approx(0.0455002638963584, rel=1e-9)      # two standard errors
     assert found.verdict(True) == "better"
     assert st.unpaired(0.5, 0.0, 0.6, 0.0, 50) is None
+
+
+@pytest.mark.parametrize("n", [7, 20, 100, 101, 12345])
+def test_the_interval_of_none_and_of_all_ends_where_it_must(n: int) -> None:
+    assert st.wilson(0.0, n)[0] == 0.0
+    assert st.wilson(1.0, n)[1] == 1.0
+    assert 0 < st.wilson(0.0, n)[1] == pytest.approx(1 - st.wilson(1.0, n)[0])
