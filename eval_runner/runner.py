@@ -305,10 +305,11 @@ class _Attempt:
     started_at: float
 
     def result(self, status: Literal["ok", "failed", "refiled"], **outcome: Any) -> Result:
-        m = self.ticket.manifest
+        m, ours = self.ticket.manifest, self.suite.digest == self.ticket.suite_digest
         return Result(
             version=VERSION, ticket=self.ticket.id, generation=self.token.generation, runner=self.token.runner,
-            status=status, suite=self.suite.name, suite_digest=self.ticket.suite_digest, suite_text=self.suite.text,
+            status=status, suite=self.suite.name, suite_digest=self.ticket.suite_digest,
+            suite_text=self.suite.text if ours else "",     # a definition that is not here cannot be told
             run=m.run, checkpoint=m.path, checkpoint_digest=m.digest, step=m.step, tokens=m.tokens,
             saved_at=m.saved_at, started_at=self.started_at, finished_at=time.time(), **outcome,
         )  # fmt: skip

@@ -77,7 +77,7 @@ class Result:
     suite: str
     suite_digest: str
     suite_text: str
-    """The suite's definition, unexpanded, in canonical JSON."""
+    """The definition that `suite_digest` is of, unexpanded, in canonical JSON; "" where this runner has another."""
     run: RunIdentity
     checkpoint: str
     checkpoint_digest: str

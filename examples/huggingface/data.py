@@ -92,6 +92,10 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> np.ndarray:
     return np.array(tokens, dtype=np.uint16)
 
 
+TRIES = 100
+"""For each excerpt or question that is wanted; most need a few."""
+
+
 def excerpts(
     tokenizer: PreTrainedTokenizerFast, texts: list[str], seen: str, count: int, size: int = 700
 ) -> Iterator[dict[str, object]]:
@@ -101,10 +105,11 @@ def excerpts(
     """
     chosen = random.Random(0)
     wanted = [text for text in texts if text.isascii() and len(text) >= 2 * size]
-    number = tried = 0
-    while number < count:
+    number = 0
+    for tried in range(TRIES * count):
+        if number == count:
+            return
         text = wanted[tried % len(wanted)]
-        tried += 1
         start = text.index("\n", chosen.randrange(len(text) - int(1.5 * size))) + 1
         excerpt = text[start : text.rfind("\n", start, start + size) + 1]
         if not excerpt or excerpt in seen:
@@ -112,6 +117,7 @@ def excerpts(
         if len(tokenizer.encode(excerpt, verbose=False)) < CONTEXT:   # one place is left for the start
             yield {"id": f"excerpt{number}", "text": excerpt}
             number += 1
+    enough(number, count, "excerpts")
 
 
 def questions(texts: list[str], seen: str, count: int, context: int = 10) -> Iterator[dict[str, object]]:
@@ -129,7 +135,9 @@ def questions(texts: list[str], seen: str, count: int, context: int = 10) -> Ite
             if is_answer(line):
                 pool.setdefault(indentation(line), []).append(line.strip())
     number = 0
-    while number < count:
+    for _ in range(TRIES * count):
+        if number == count:
+            return
         file = chosen.choice(lines)
         if len(file) <= context + 1:
             continue
@@ -149,6 +157,13 @@ def questions(texts: list[str], seen: str, count: int, context: int = 10) -> Ite
             "id": f"line{number}",
         }
         number += 1
+    enough(number, count, "questions")
+
+
+def enough(found: int, count: int, what: str) -> None:
+    """End the program unless as many were found as were wanted."""
+    if found < count:
+        raise SystemExit(f"only {found} of {count} {what} could be made of held-out text that training does not see")
 
 
 def indentation(line: str) -> int:

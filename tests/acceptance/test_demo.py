@@ -403,6 +403,14 @@ class TestData:
         for name in ("tokenizer/tokenizer.json", "train.npy", "held_out.jsonl", "next_line.jsonl"):
             assert (tmp_path / name).read_bytes() == (prepared / name).read_bytes()
 
+    def test_held_out_text_that_training_sees_is_not_used(self) -> None:
+        texts = ["".join(f"    value_{i} = compute_something({i})\n" for i in range(200))]
+        with pytest.raises(SystemExit, match="only 0 of 3 excerpts could be made"):
+            list(data.excerpts(None, texts, "".join(texts), 3))
+        with pytest.raises(SystemExit, match="only 0 of 3 questions could be made"):
+            list(data.questions(texts, "".join(texts), 3))
+        assert len(list(data.questions(texts, "", 3))) == 3
+
     def test_no_sources(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         (tmp_path / "os.py").write_text("import abc\n")
         monkeypatch.setattr(data.sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})

@@ -113,6 +113,7 @@ def test_a_changed_suite_is_a_new_result_and_a_changed_cadence_is_not(
     by_status = {r.status: r for r in results}
     assert set(by_status) == {"ok", "refiled"}
     assert by_status["refiled"].refiled_as == by_status["ok"].ticket
+    assert by_status["refiled"].suite_text == ""
     assert json.loads(by_status["ok"].suite_text)["evaluators"][0]["entries"] == ["b"]
     assert [r.status for r in sink.results] == ["ok"]
     assert len(evaluator.jobs) == 1
