@@ -70,6 +70,8 @@ class HookSection:
     __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
     pin: Literal["auto", "reflink", "hardlink", "copy", "none"] = "auto"
     max_pins: Annotated[int, Range(1)] = 32
+    on_full: Literal["supersede", "unpinned"] = "supersede"
+    """Once there are `max_pins`: cancel the oldest waiting ticket, visibly, or queue the new one without a pin."""
     deadline: Annotated[float, Range(0, above=True)] = 5.0
     """Seconds that a training step may be held."""
 

@@ -8,13 +8,23 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import re
+import shutil
 import socket
 import uuid
 
 NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EMLINK, errno.EACCES, errno.EXDEV}
 """What `link` answers where it cannot be done, as against where it went wrong."""
+
+
+FICLONE = 0x40049409
+"""ioctl of linux/fs.h: share the extents of another file."""
+
+
+class ForeignFile(PermissionError):
+    """A file of a user whom the directory's mode does not let write there."""
 
 
 class FileOps:
@@ -47,6 +57,20 @@ class FileOps:
     def link(self, src: str, dst: str) -> None:
         os.link(src, dst, follow_symlinks=False)
 
+    def reflink(self, src: str, dst: str) -> None:
+        """`dst`, a new file with the content of `src`, which shares its blocks until either is written to."""
+        with open(src, "rb") as reader, open(dst, "xb") as writer:
+            fcntl.ioctl(writer.fileno(), FICLONE, reader.fileno())
+        shutil.copystat(src, dst)
+
+    def copy(self, src: str, dst: str) -> None:
+        """`dst`, a new and durable file with the content and the times of `src`."""
+        with open(src, "rb") as reader, open(dst, "xb") as writer:
+            shutil.copyfileobj(reader, writer)
+            writer.flush()
+            os.fsync(writer.fileno())
+        shutil.copystat(src, dst)
+
     def rename(self, src: str, dst: str) -> None:
         os.rename(src, dst)
 
@@ -56,13 +80,22 @@ class FileOps:
     def mkdir(self, path: str) -> None:
         os.mkdir(path, 0o775)
 
+    def rmdir(self, path: str) -> None:
+        os.rmdir(path)
+
     def listdir(self, path: str) -> list[str]:
         return os.listdir(path)
 
-    def read(self, path: str, limit: int) -> bytes:
-        """At most `limit` + 1 bytes of a regular file; a link is not followed, a pipe is not waited for."""
+    def read(self, path: str, limit: int, owners: frozenset[int] | None = None) -> bytes:
+        """At most `limit` + 1 bytes of a regular file; a link is not followed, a pipe is not waited for.
+
+        Raises ForeignFile for a file of a user (uid) that is none of `owners`, where these are given.
+        """
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
         with open(fd, "rb") as file:
+            owner = os.fstat(fd).st_uid
+            if owners is not None and owner not in owners:
+                raise ForeignFile(errno.EPERM, f"belongs to user {owner}", path)
             return file.read(limit + 1)
 
     def sync_dir(self, path: str) -> None:
@@ -116,6 +149,15 @@ def moved(ops: FileOps, src: str, dst: str) -> bool:
     except FileNotFoundError:
         return os.path.basename(dst) in ops.listdir(os.path.dirname(dst))
     return True
+
+
+def remove_flat(ops: FileOps, path: str) -> None:
+    """Remove the directory `path` and the files in it; nothing below a directory in it. One that is gone is as good."""
+    with contextlib.suppress(FileNotFoundError):
+        for name in ops.listdir(path):
+            with contextlib.suppress(FileNotFoundError):
+                ops.unlink(os.path.join(path, name))
+        ops.rmdir(path)
 
 
 def hostname() -> str:

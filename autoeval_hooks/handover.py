@@ -65,7 +65,7 @@ class Handover:
             if name not in self.tickets:
                 self.tickets[name] = self._enqueue(name, self._manifest)
         if self._pin:
-            pin.release(self._pin)
+            pin.release(self._pin, self.queue.ops)
             self._pin = ""
 
     def prepare(self) -> None:
@@ -85,7 +85,7 @@ class Handover:
         """Give up: what was pinned and not handed over is freed."""
         if self._pin:
             with contextlib.suppress(OSError):
-                pin.release(self._pin)
+                pin.release(self._pin, self.queue.ops)
             self._pin = ""
 
     def _make_pin(self) -> str:
@@ -99,7 +99,7 @@ class Handover:
             )  # fmt: skip
             return ""
         try:
-            return pin.make(path, pin.pins_dir(path), way)
+            return pin.make(path, pin.pins_dir(path), way, self.queue.ops)
         except pin.PinImpossible as error:
             log.warning(
                 "autoeval: %s; it is lost if retention deletes it before it is evaluated. "
@@ -114,8 +114,8 @@ class Handover:
             return False
         if self._pin:
             # One pin for each ticket, so that each can be freed alone; links of links cost nothing more.
-            own = pin.make(self._pin, os.path.dirname(self._pin), self.config.hook.pin)
-            new = replace(new, pin=pin.adopt(own, new.id))
+            own = pin.make(self._pin, os.path.dirname(self._pin), self.config.hook.pin, self.queue.ops)
+            new = replace(new, pin=pin.adopt(own, new.id, self.queue.ops))
         return self.queue.enqueue(new)
 
 
@@ -211,7 +211,7 @@ def tidy_pins(queue: Queue, output_dir: str) -> None:
         live = {os.path.realpath(queue.ticket(t.ticket).pin) for t in queue.tokens("pending", "claimed", "failed")}
         candidates = [p for p in candidates if os.path.realpath(p) not in live]
     for path in [*candidates, *(p for p in pins if pin.orphaned(p))]:
-        pin.release(path)
+        pin.release(path, queue.ops)
 
 
 def training_id(output_dir: str, *, resumed: bool) -> str:

@@ -11,17 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import os
 import re
-import shutil
 from collections.abc import Callable
 
 from autoeval_hooks import fsio, manifest, ticket
 from autoeval_hooks.errors import CheckpointError
+from autoeval_hooks.fsio import FileOps
 
-_FICLONE = 0x40049409
-"""ioctl of linux/fs.h: share the extents of another file."""
 _NAME = re.compile(r"[0-9a-f]{64}|\.new-[A-Za-z0-9-]+")
 _CANNOT = fsio.NO_LINKS | {errno.EINVAL, errno.ENOTTY}
 """What a way of pinning answers where it cannot be done; then the next way is tried."""
@@ -55,42 +52,44 @@ def orphaned(path: str) -> bool:
     return False
 
 
-def make(source: str, pins: str, way: str) -> str:
+def make(source: str, pins: str, way: str, ops: FileOps | None = None) -> str:
     """Pin the model files of the directory `source` under a passing name in `pins`; `adopt` gives the final one.
 
     `way` is ``auto``, ``reflink``, ``hardlink`` or ``copy``. Raises CheckpointError when the source
     vanishes, PinImpossible when the file system can do none of it, OSError when it fails.
     """
+    ops = ops or FileOps()
     os.makedirs(pins, exist_ok=True)
     target = os.path.join(pins, f".new-{fsio.unique()}")
-    os.mkdir(target)
     try:
+        ops.mkdir(target)
         for name in manifest.model_files(source):
-            _pin_file(os.path.join(source, name), os.path.join(target, name), way)
-        fsio.FileOps().sync_dir(target)
-    except FileNotFoundError as error:
-        release(target)
-        raise CheckpointError(f"{source}: deleted before it could be pinned") from error
-    except BaseException:
-        release(target)
+            _pin_file(ops, os.path.join(source, name), os.path.join(target, name), way)
+        ops.sync_dir(target)
+    except BaseException as error:
+        with contextlib.suppress(OSError):      # one that cannot be removed now is an orphan's for `tidy_pins` and `gc`
+            release(target, ops)
+        if isinstance(error, FileNotFoundError):
+            raise CheckpointError(f"{source}: deleted before it could be pinned") from error
         raise
     return target
 
 
-def adopt(passing: str, ticket_id: str) -> str:
+def adopt(passing: str, ticket_id: str, ops: FileOps | None = None) -> str:
     """Give a pin its ticket's name. A pin of that name is complete and of the same content: then it is kept."""
+    ops = ops or FileOps()
     final = os.path.join(os.path.dirname(passing), ticket_id)
     try:
-        os.rename(passing, final)
+        fsio.moved(ops, passing, final)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
-        release(passing)
-    fsio.FileOps().sync_dir(os.path.dirname(final))
+        release(passing, ops)
+    ops.sync_dir(os.path.dirname(final))
     return final
 
 
-def release(pin: str) -> None:
+def release(pin: str, ops: FileOps | None = None) -> None:
     """Delete a pin, and only a pin: a directory, not a link, with a pin's name under `.autoeval/pins`.
 
     One that is gone already is as good. Raises CheckpointError for any other path.
@@ -99,50 +98,34 @@ def release(pin: str) -> None:
     inside = os.path.dirname(real).endswith(os.path.join(os.sep, ticket.PINS))
     if not inside or not _NAME.fullmatch(os.path.basename(real)) or os.path.islink(pin):
         raise CheckpointError(f"{pin}: not a pin; not deleted")
-    with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(real)
+    fsio.remove_flat(ops or FileOps(), real)
 
 
 class PinImpossible(CheckpointError):
     """The file system offers none of the ways to pin that were allowed."""
 
 
-def _pin_file(src: str, dst: str, way: str) -> None:
+def _pin_file(ops: FileOps, src: str, dst: str, way: str) -> None:
     small = os.stat(src).st_size <= manifest.WHOLE
-    ways = (_copy,) if small else _WAYS[way]
-    for attempt in ways:
+    for attempt in (ops.copy,) if small else _ways(ops, way):
         try:
             return attempt(src, dst)
         except OSError as error:
             if error.errno not in _CANNOT:
                 raise
             with contextlib.suppress(FileNotFoundError):
-                os.unlink(dst)
+                ops.unlink(dst)
             reason = error.strerror
     raise PinImpossible(f"{src}: cannot be pinned here by {way} ({reason})")
 
 
-def _reflink(src: str, dst: str) -> None:
-    with open(src, "rb") as reader, open(dst, "xb") as writer:
-        fcntl.ioctl(writer.fileno(), _FICLONE, reader.fileno())
-    shutil.copystat(src, dst)
+def _ways(ops: FileOps, way: str) -> tuple[Callable[[str, str], None], ...]:
+    def hardlink(src: str, dst: str) -> None:
+        ops.link(os.path.realpath(src), dst)
 
-
-def _hardlink(src: str, dst: str) -> None:
-    os.link(src, dst, follow_symlinks=True)
-
-
-def _copy(src: str, dst: str) -> None:
-    with open(src, "rb") as reader, open(dst, "xb") as writer:
-        shutil.copyfileobj(reader, writer)
-        writer.flush()
-        os.fsync(writer.fileno())       # retention deletes the source while the ticket waits
-    shutil.copystat(src, dst)
-
-
-_WAYS: dict[str, tuple[Callable[[str, str], None], ...]] = {
-    "auto": (_reflink, _hardlink),
-    "reflink": (_reflink,),
-    "hardlink": (_hardlink,),
-    "copy": (_copy,),
-}
+    return {
+        "auto": (ops.reflink, hardlink),
+        "reflink": (ops.reflink,),
+        "hardlink": (hardlink,),
+        "copy": (ops.copy,),
+    }[way]

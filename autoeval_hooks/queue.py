@@ -8,14 +8,15 @@ it away wins, and a runner whose name is gone has lost (the fence).
     tmp/ → tickets/ + pending/PRIO-ORDER-ID~gNfM          enqueue (no lock)
     pending/… → claimed/…~gNfM~RUNNER                      claim (no lock)
     claimed/… → done/… | failed/… | quarantine/…           complete, fail, quarantine
-    claimed/… → pending/…~g(N+1)f(M or M+1)                release, retry, and reap for a dead runner
+    claimed/… → pending/…~g(N+1)f(M or M+1)                release, and reap for a dead runner
+    pending/…, claimed/… → cancelled/…~gNfM~WHO            cancel, with the reason beside it
+    what was ended → pending/…~g(N+1)f0                    retry
 
 N counts how often the ticket was handed out, M how many of those ended badly: a runner that is told to
 stop gives its ticket back without using up an attempt. PRIO is 9 minus the priority and ORDER the
 submitter's clock in µs: they sort the listing, nothing is decided by them.
 
-Staleness is what an observer sees unchanged on its own clock; no two hosts' clocks are compared.
-Locks (filelock) keep two runners from doing the same housekeeping at once. Losing one is harmless.
+`keeper` frees what dead runners hold.
 """
 
 from __future__ import annotations
@@ -25,7 +26,6 @@ import errno
 import os
 import random
 import re
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -36,15 +36,12 @@ from autoeval_hooks.errors import QueueError, TicketError
 from autoeval_hooks.fsio import FileOps, moved
 from autoeval_hooks.ticket import Ticket
 
-STATES = ("pending", "claimed", "done", "failed", "quarantine")
+STATES = ("pending", "claimed", "done", "failed", "quarantine", "cancelled")
 DIRECTORIES = ("tmp", "tickets", *STATES, "results", "hb", "locks")
 FRONT = 16
 """Runners that lost a race spread over this many tickets at the front of the listing."""
 LISTING_S = 2.0
 """How long a listing of pending/ serves. Evaluations take minutes: every one of them starts from a fresh listing."""
-ORPHAN_S = 3600.0
-"""How long a submitter's temporary file without a ticket is left alone."""
-
 _TOKEN = re.compile(
     r"(?P<sort>\d-\d{1,20})-(?P<ticket>[0-9a-f]{64})~g(?P<generation>\d{1,9})f(?P<failures>\d{1,9})"
     r"(?:~(?P<runner>[A-Za-z0-9._-]{1,100}))?"
@@ -143,7 +140,7 @@ class Queue:
         if not self._register(tmp, ticket.id):
             self.ops.unlink(tmp)
             return False
-        self._admit(tmp, token.name)
+        self.admit(tmp, token.name)
         return True
 
     def _register(self, tmp: str, ticket_id: str) -> bool:
@@ -160,7 +157,7 @@ class Queue:
             raise _no_links(self.root, error) from error
         return True
 
-    def _admit(self, tmp: str, name: str) -> None:
+    def admit(self, tmp: str, name: str) -> None:
         """Give a registered token its second name, in pending/. Enqueue and janitor may both do it."""
         # Gone from tmp/ means that another did it, and then it may be claimed by now.
         moved(self.ops, tmp, self._at("pending", name))
@@ -201,7 +198,12 @@ class Queue:
 
     def _read(self, path: str, ticket_id: str) -> Ticket:
         try:
-            text = self.ops.read(path, tickets.MAX_BYTES)
+            text = self.ops.read(path, tickets.MAX_BYTES, self._writers())
+        except fsio.ForeignFile as error:
+            raise TicketError(
+                f"{path}: {error.strerror}, whom the mode of {self.root} lets not write there; submit the checkpoint "
+                "as the queue's owner, or, where a group shares the queue, give its directory to the group (chmod g+w)"
+            ) from error
         except OSError as error:
             if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
                 raise TicketError(f"{path}: not a regular file") from error
@@ -210,6 +212,11 @@ class Queue:
         if found.id != ticket_id:
             raise TicketError(f"{path}: holds ticket {found.id}")
         return found
+
+    def _writers(self) -> frozenset[int] | None:
+        """The users (uid) whose tickets are taken; None: anybody's, since the queue's mode lets others write."""
+        root = os.stat(self.root)
+        return None if root.st_mode & 0o022 else frozenset((0, os.geteuid(), root.st_uid))
 
     def complete(self, token: Token) -> bool:
         """Commit the result that stands in `results/`; False when the claim was lost, and the result is garbage."""
@@ -221,10 +228,21 @@ class Queue:
 
     def quarantine(self, token: Token, reason: str) -> bool:
         """Put a ticket that must not be executed aside, with the reason beside it."""
-        path = self._reason(token)
+        return self._put_aside(token, replace(token, state="quarantine"), reason)
+
+    def cancel(self, token: Token, reason: str) -> bool:
+        """End a ticket that nobody needs any more, with the reason beside it; `retry` brings it back. A runner that
+        holds it cannot commit. False when it moved on meanwhile."""
+        return self._put_aside(token, replace(token, state="cancelled", runner=self.runner), reason)
+
+    def _put_aside(self, token: Token, aside: Token, reason: str) -> bool:
+        path = self._reason(aside)
         with contextlib.suppress(FileExistsError):
             fsio.write_new(self.ops, path, reason.encode(errors="replace") + b"\n")
-        return self._close(token, "quarantine")
+        if not moved(self.ops, self._path(token), self._path(aside)):
+            return False
+        self.ops.sync_dir(self._at(aside.state))
+        return True
 
     def release(self, token: Token, *, failed: bool, max_failures: int | None = None) -> str:
         """Give a claimed ticket back: ``pending``, ``failed`` once it failed `max_failures` times, or ``lost``."""
@@ -283,8 +301,16 @@ class Queue:
                 if token is not None:
                     yield token
 
+    def holds(self, token: Token) -> bool:
+        """Whether a claim stands: nobody reaped or cancelled it so far."""
+        try:
+            self.ops.nlink(self._path(token))
+        except FileNotFoundError:
+            return False
+        return True
+
     def reason(self, token: Token) -> str:
-        """Why a token is in quarantine."""
+        """Why a token is in quarantine or cancelled."""
         try:
             return self.ops.read(self._reason(token), 4096).decode(errors="replace").strip()
         except OSError:
@@ -293,115 +319,13 @@ class Queue:
     # ------------------------------------------------------------------ names
 
     def _reason(self, token: Token) -> str:
-        return self._at("quarantine", f"reason-{token.name}")
+        return self._at(token.state, f"reason-{token.name}")
 
     def _path(self, token: Token) -> str:
         return self._at(token.state, token.name)
 
     def _at(self, *parts: str) -> str:
         return os.path.join(self.root, *parts)
-
-
-class Keeper:
-    """Housekeeping, done by whichever runner gets to it: it frees what the dead hold and mends what they left.
-
-    It remembers since when, on this host's own clock, it has seen each thing unchanged. `clock` counts
-    seconds and goes on while the host is suspended.
-    """
-
-    def __init__(
-        self, queue: Queue, *, lease: float, max_failures: int, clock: Callable[[], float] | None = None
-    ) -> None:
-        self.queue = queue
-        self.lease = lease
-        self.max_failures = max_failures
-        self.clock = clock or boottime
-        self._seen: dict[str, tuple[bytes, float]] = {}
-        self._beating: set[str] = set()
-
-    def sweep(self) -> list[tuple[Token, str]]:
-        """Reap and tidy once, unless another runner is at it. The tokens reaped, and what became of each."""
-        with _alone(self.queue.root) as alone:
-            if not alone:
-                return []
-            claimed = list(self.queue.tokens("claimed"))
-            orphans = self.queue.ops.listdir(os.path.join(self.queue.root, "tmp"))
-            reaped = self._reap(claimed)
-            self._tidy(orphans)
-            kept = {f"hb/{t.runner}" for t in claimed} | {f"tmp/{name}" for name in orphans}
-            self._seen = {key: value for key, value in self._seen.items() if key in kept}
-            self._beating &= kept
-            return reaped
-
-    def unsure(self) -> bool:
-        """Whether another runner that holds a ticket may be dead: we have not seen it beat so far."""
-        runners = {t.runner for t in self.queue.tokens("claimed")} - {self.queue.runner}
-        for runner in runners:
-            self._unchanged(f"hb/{runner}", self.queue.heartbeat(runner))
-        return any(f"hb/{runner}" not in self._beating for runner in runners)
-
-    def _reap(self, claimed: list[Token]) -> list[tuple[Token, str]]:
-        """Give back what runners hold whose heartbeat has not changed for the length of a lease."""
-        runners = {t.runner for t in claimed} - {self.queue.runner}
-        dead = {r for r in runners if self._unchanged(f"hb/{r}", self.queue.heartbeat(r)) > self.lease}
-        return [
-            (t, self.queue.release(t, failed=True, max_failures=self.max_failures)) for t in claimed if t.runner in dead
-        ]
-
-    def _tidy(self, names: list[str]) -> None:
-        """Finish what a submitter registered and then died; remove what nobody registered, such as half a result."""
-        for name in names:
-            token = Token.parse("pending", name.rpartition("~")[0])
-            path = os.path.join(self.queue.root, "tmp", name)
-            with contextlib.suppress(OSError):      # what cannot be tidied keeps nobody from the rest
-                if token is not None and self.queue.ops.nlink(path) == 2:
-                    self.queue._admit(path, token.name)
-                elif self._unchanged(f"tmp/{name}", b"") <= ORPHAN_S:
-                    continue
-                elif os.path.isdir(path):
-                    shutil.rmtree(path)
-                else:
-                    self.queue.ops.unlink(path)
-
-    def _unchanged(self, key: str, content: bytes) -> float:
-        """For how many seconds `key` has been seen with this content."""
-        now = self.clock()
-        last, since = self._seen.get(key, (None, now))
-        if last != content:
-            since = now
-            if last is not None:
-                self._beating.add(key)
-        self._seen[key] = (content, since)
-        return now - since
-
-
-@contextlib.contextmanager
-def _alone(root: str) -> Iterator[bool]:
-    """Whether nobody else does the housekeeping; True also where the file system cannot lock, which is harmless."""
-    from filelock import Timeout, UnixFileLock
-
-    lock = UnixFileLock(
-        os.path.join(root, "locks", "housekeeping.lock"), timeout=0, thread_local=False, fallback_to_soft=False
-    )
-    try:
-        lock.acquire()
-    except Timeout:
-        yield False
-        return
-    except (NotImplementedError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP):
-            raise
-        yield True
-        return
-    try:
-        yield True
-    finally:
-        lock.release()
-
-
-def boottime() -> float:
-    """Seconds since this host booted, sleep included."""
-    return time.clock_gettime(time.CLOCK_BOOTTIME)
 
 
 def _ordered(names: list[str], newest_first: bool) -> list[str]:

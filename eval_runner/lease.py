@@ -6,7 +6,8 @@ import contextlib
 import logging
 import threading
 
-from autoeval_hooks.queue import Queue, boottime
+from autoeval_hooks.keeper import boottime
+from autoeval_hooks.queue import Queue
 
 log = logging.getLogger("autoeval")
 

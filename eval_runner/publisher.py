@@ -93,7 +93,7 @@ class Publisher:
         except Exception as error:
             self._say(token.ticket, f"sink {name}, ticket {token.ticket[:12]}: {error}; will be tried again")
             return False
-        fsio.replace(str(self._marks(name) / token.result_name), b"")
+        fsio.replace(str(self._marks(name) / token.result_name), b"", self._queue.ops)
         return True
 
     def _marks(self, name: str) -> Path:

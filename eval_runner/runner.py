@@ -23,7 +23,9 @@ from autoeval_hooks import fsio, pin
 from autoeval_hooks import ticket as tickets
 from autoeval_hooks.config import map_path
 from autoeval_hooks.errors import AutoEvalError, ConfigError, TicketError
-from autoeval_hooks.queue import Keeper, Queue, Token, boottime
+from autoeval_hooks.fsio import FileOps
+from autoeval_hooks.keeper import Keeper, boottime
+from autoeval_hooks.queue import Queue, Token
 from autoeval_hooks.ticket import Ticket
 from eval_runner.checkpoints import huggingface
 from eval_runner.config.models import Config, Suite
@@ -62,6 +64,7 @@ class Runner:
     sinks: dict[str, Sink]
     progress: Progress
     name: str = field(default_factory=fsio.unique)
+    ops: FileOps = field(default_factory=FileOps)
     stopped: threading.Event = field(default_factory=threading.Event)
     """Set it to have the ticket in hand given back and `run` return."""
     done: int = 0
@@ -73,7 +76,7 @@ class Runner:
 
     def __post_init__(self) -> None:
         section = self.config.runner
-        self.queue = Queue(str(self.config.queue), runner=self.name)
+        self.queue = Queue(str(self.config.queue), runner=self.name, ops=self.ops)
         self.queue.create()
         (self.config.queue / "logs").mkdir(exist_ok=True)
         self._keeper = Keeper(self.queue, lease=section.lease, max_failures=section.max_attempts)
@@ -224,7 +227,7 @@ class Runner:
                 instances.extend(outcome.instances)
             checkpoint.unchanged()
             result = attempt.result("ok", evaluations=tuple(evaluations))
-            store.write(self.config.queue, token.result_name, result, instances)
+            store.write(self.config.queue, token.result_name, result, instances, ops=self.ops)
         if not self.queue.complete(token):
             log.warning("ticket %s: the lease was lost; this result does not count", token.ticket[:12])
             return
@@ -243,7 +246,7 @@ class Runner:
             )
         fresh = tickets.new(old.manifest, old.suite, attempt.suite.digest, attempt.suite.cadence.priority, old.pin)
         self._file(fresh)
-        store.write(self.config.queue, token.result_name, attempt.result("refiled", refiled_as=fresh.id), ())
+        store.write(self.config.queue, token.result_name, attempt.result("refiled", refiled_as=fresh.id), (), ops=self.ops)
         if not self.queue.complete(token):
             return
         self._ended(token)
@@ -264,7 +267,7 @@ class Runner:
         token = attempt.token
         result = attempt.result("failed", failure=failure)
         with contextlib.suppress(OSError, AutoEvalError):     # a full disk must not keep the ticket from going back
-            store.write(self.config.queue, token.result_name, result, ())
+            store.write(self.config.queue, token.result_name, result, (), ops=self.ops)
         if failure.kind == "transient":
             became = self._retry_later(token)
         else:
@@ -290,7 +293,7 @@ class Runner:
         if not ticket.pin:
             return
         try:
-            pin.release(map_path(ticket.pin, self.config.path_map))
+            pin.release(map_path(ticket.pin, self.config.path_map), self.ops)
         except (OSError, AutoEvalError) as error:
             log.warning("pin %s could not be freed: %s", ticket.pin, error)
 

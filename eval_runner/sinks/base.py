@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from autoeval_hooks.fsio import FileOps
 from eval_runner.results.schema import Result
 
 
@@ -60,6 +61,8 @@ class Context:
     """The file that the settings stand in, for messages."""
     path_map: Mapping[str, str] = field(default_factory=dict)
     """Paths of the training host → ours."""
+    ops: FileOps = field(default_factory=FileOps)
+    """Every call into the file system by which a result is taken."""
     stopping: Callable[[], bool] = lambda: False
     """True once the runner must end: `flush` then returns soon."""
 

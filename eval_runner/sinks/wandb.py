@@ -149,13 +149,13 @@ class WandbSink:
         for part in ("points", "taken", "logged"):
             (directory / part).mkdir(parents=True, exist_ok=True)
         if not (directory / "identity.json").exists():
-            fsio.replace(str(directory / "identity.json"), files.encode(result.run))
+            fsio.replace(str(directory / "identity.json"), files.encode(result.run), self._context.ops)
         # A point moves in this order; looked for in it, none is missed.
         for part in ("points", "taken", "logged"):
             if any(found.split("~")[0] in (name, p.ticket) for found in os.listdir(directory / part)):
                 return
         tmp = directory / "points" / f".{p.ticket}.{fsio.unique()}"
-        ops = fsio.FileOps()
+        ops = self._context.ops
         fsio.write_new(ops, str(tmp), data)
         try:
             with contextlib.suppress(FileExistsError):

@@ -15,7 +15,8 @@ from click.testing import CliRunner
 
 from autoeval_hooks import submit
 from autoeval_hooks.errors import AutoEvalError, CheckpointError, ConfigError
-from autoeval_hooks.queue import Queue, boottime
+from autoeval_hooks.keeper import boottime
+from autoeval_hooks.queue import Queue
 from eval_runner import config as configs
 from eval_runner import runner as runners
 from eval_runner.cli import cli

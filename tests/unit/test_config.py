@@ -202,7 +202,7 @@ def test_effective_has_the_defaults_and_no_secret(tmp_path: Path, monkeypatch: p
     shown = effective(loaded)
     assert tuple(shown) == tuple(key for key in hook_config.KEYS if key != "environments")   # it has none
     assert shown["queue"] == str(tmp_path / "q")
-    assert shown["hook"] == {"pin": "auto", "max_pins": 4, "deadline": 5.0}
+    assert shown["hook"] == {"pin": "auto", "max_pins": 4, "on_full": "supersede", "deadline": 5.0}
     assert shown["suites"]["s"] == {
         "every_steps": 1, "begin_step": 0, "end_step": None, "priority": 5,
         "evaluators": [{"type": "gpt", "api_key": "${AE_KEY}"}],

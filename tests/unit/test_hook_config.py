@@ -69,7 +69,7 @@ sinks: nonsense
     assert loaded.path == str(tmp_path / "autoeval.yaml")
     assert loaded.queue == str(tmp_path / "queue")
     assert loaded.run == config.RunSection("p", None, "n", 1048576, str(tmp_path / "tok"))
-    assert loaded.hook == config.HookSection("hardlink", 4, 2.0)
+    assert loaded.hook == config.HookSection("hardlink", max_pins=4, deadline=2.0)
     assert type(loaded.hook.deadline) is float
     assert loaded.path_map == {"/train": "/eval"}
     assert loaded.suites["quick"].cadence == Cadence(100, 200, 300, 9)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from autoeval_hooks import manifest, pin
+from autoeval_hooks import fsio, manifest, pin
 from autoeval_hooks.errors import CheckpointError
 
 MakeCheckpoint = Callable[..., Path]
@@ -44,7 +44,7 @@ def test_each_way_falls_back_or_says_that_it_cannot(
         raise OSError(errno.EPERM, "Operation not permitted")
 
     monkeypatch.setattr(os, "link", no_links)
-    monkeypatch.setattr(pin.fcntl, "ioctl", no_links)
+    monkeypatch.setattr(fsio.fcntl, "ioctl", no_links)
     source = checkpoint(weights=LARGE)
     pins = pin.pins_dir(str(source))
     for way in ("auto", "hardlink", "reflink"):

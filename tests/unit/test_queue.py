@@ -11,11 +11,13 @@ from pathlib import Path
 
 import pytest
 
+from autoeval_hooks import keeper as keepers
 from autoeval_hooks import queue as queues
 from autoeval_hooks import ticket as tickets
 from autoeval_hooks.errors import QueueError, TicketError
 from autoeval_hooks.fsio import FileOps
-from autoeval_hooks.queue import Keeper, Queue, Token
+from autoeval_hooks.keeper import Keeper
+from autoeval_hooks.queue import Queue, Token
 from autoeval_hooks.ticket import Ticket
 
 MakeTicket = Callable[..., Ticket]
@@ -194,7 +196,7 @@ def test_housekeeping_is_left_to_one(queue: Queue, new_ticket: MakeTicket) -> No
     keeper = Keeper(queue, lease=60, max_failures=3, clock=lambda: now[0])
     keeper.sweep()
     now[0] = 61
-    with queues._alone(queue.root) as alone:
+    with keepers._alone(queue.root) as alone:
         assert alone
         assert keeper.sweep() == []
     assert len(keeper.sweep()) == 1
@@ -239,11 +241,11 @@ def test_the_janitor_removes_only_what_nobody_registered_for_long(queue: Queue) 
     (half / "result.json").write_text("{")
     keeper = Keeper(queue, lease=60, max_failures=3, clock=lambda: now[0])
     keeper.sweep()
-    now[0] = queues.ORPHAN_S - 1
+    now[0] = keepers.ORPHAN_S - 1
     keeper.sweep()
     assert orphan.exists()
     assert half.exists()
-    now[0] = queues.ORPHAN_S + 1
+    now[0] = keepers.ORPHAN_S + 1
     keeper.sweep()
     assert os.listdir(half.parent) == []
 

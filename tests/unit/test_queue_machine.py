@@ -16,8 +16,9 @@ from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initial
 
 from autoeval_hooks import ticket as tickets
 from autoeval_hooks.fsio import FileOps
+from autoeval_hooks.keeper import Keeper
 from autoeval_hooks.manifest import FileRecord, Manifest, digest_of
-from autoeval_hooks.queue import Keeper, Queue, Token
+from autoeval_hooks.queue import Queue, Token
 from autoeval_hooks.run_identity import RunIdentity
 from autoeval_hooks.ticket import Ticket
 
