@@ -72,6 +72,9 @@ class HookSection:
     max_pins: Annotated[int, Range(1)] = 32
     on_full: Literal["supersede", "unpinned"] = "supersede"
     """Once there are `max_pins`: cancel the oldest waiting ticket, visibly, or queue the new one without a pin."""
+    save_total_limit: Annotated[int, Range(1)] | None = None
+    """How many checkpoints the hook keeps in the output directory, in place of the Trainer's own `save_total_limit`:
+    those that a ticket without a pin waits for are spared. None: the hook deletes none."""
     deadline: Annotated[float, Range(0, above=True)] = 5.0
     """Seconds that a training step may be held."""
 
@@ -278,7 +281,7 @@ _SECRET_KEY = re.compile(
     r"(?:access|auth|api|hf|hub|bearer|wandb|github)[_-]token)\Z|token\Z",
     re.IGNORECASE,
 )
-_SECRET_VALUE = re.compile(
+SECRET_VALUE = re.compile(
     r"(?<![A-Za-z0-9])(?:sk-[A-Za-z0-9_-]{20,}|hf_[A-Za-z0-9]{30,}|gh[pousr]_[A-Za-z0-9]{36,})"
     r"|://[^/\s:@$]+:[^/\s@$]+@"
 )
@@ -298,7 +301,7 @@ def _secrets(value: Any, where: str) -> Iterator[str]:
             yield from _secrets(item, path)
             continue
         named = isinstance(key, str) and _SECRET_KEY.match(key) and "${" not in item
-        if (named and item not in _NO_SECRET) or _SECRET_VALUE.search(item):
+        if (named and item not in _NO_SECRET) or SECRET_VALUE.search(item):
             yield f"{path}: a secret must not stand in the file; write ${{NAME}} and export NAME"
 
 

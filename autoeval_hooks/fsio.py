@@ -54,6 +54,10 @@ class FileOps:
         finally:
             os.close(fd)
 
+    def names(self, fd: int) -> int:
+        """Number of names of an open file."""
+        return os.fstat(fd).st_nlink
+
     def link(self, src: str, dst: str) -> None:
         os.link(src, dst, follow_symlinks=False)
 
@@ -131,6 +135,9 @@ def replace(path: str, data: bytes, ops: FileOps | None = None) -> None:
     write_new(ops, tmp, data)
     try:
         ops.rename(tmp, path)
+    except FileNotFoundError:       # done, and the reply was lost: nobody else knows the passing name
+        if os.path.basename(tmp) in ops.listdir(directory):
+            raise
     except BaseException:
         with contextlib.suppress(OSError):
             ops.unlink(tmp)
@@ -151,12 +158,25 @@ def moved(ops: FileOps, src: str, dst: str) -> bool:
     return True
 
 
+def make_dirs(ops: FileOps, path: str) -> None:
+    """Make the directory `path` and those above it that are missing. One that is there is as good."""
+    if not os.path.isdir(path):
+        make_dirs(ops, os.path.dirname(path))
+        with contextlib.suppress(FileExistsError):
+            ops.mkdir(path)
+
+
+def remove(ops: FileOps, path: str) -> None:
+    """Remove the file `path`. One that is gone is as good: a server that lost its reply says so too."""
+    with contextlib.suppress(FileNotFoundError):
+        ops.unlink(path)
+
+
 def remove_flat(ops: FileOps, path: str) -> None:
     """Remove the directory `path` and the files in it; nothing below a directory in it. One that is gone is as good."""
     with contextlib.suppress(FileNotFoundError):
         for name in ops.listdir(path):
-            with contextlib.suppress(FileNotFoundError):
-                ops.unlink(os.path.join(path, name))
+            remove(ops, os.path.join(path, name))
         ops.rmdir(path)
 
 

@@ -16,13 +16,15 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 
 from autoeval_hooks import config as configs
-from autoeval_hooks import fsio, manifest, pin, strict, ticket
+from autoeval_hooks import fsio, manifest, pin, run_identity, strict, ticket
 from autoeval_hooks.config import HookConfig
 from autoeval_hooks.errors import AutoEvalError, CheckpointError, ConfigError
 from autoeval_hooks.manifest import Manifest
 from autoeval_hooks.queue import Queue
+from autoeval_hooks.retention import make_room, tidy_pins
 from autoeval_hooks.run_identity import RunIdentity, current
 from autoeval_hooks.strict import near
+from autoeval_hooks.ticket import Ticket
 
 log = logging.getLogger("autoeval")
 
@@ -54,10 +56,14 @@ class Handover:
     """Suite → whether its ticket was new. Complete when every suite stands here."""
     _manifest: Manifest | None = None
     _pin: str = ""
+    _unpinned: str = ""
+    """Why there is no pin, where one was wanted: said once, with the first ticket that is new."""
 
     def run(self) -> None:
         """Raises CheckpointError when the checkpoint cannot be handed over at all, OSError or QueueError
         when it could not be this time."""
+        if self._pin:
+            pin.keep(self._pin)
         if self._manifest is None:
             self.prepare()
         assert self._manifest is not None
@@ -70,16 +76,19 @@ class Handover:
 
     def prepare(self) -> None:
         """Pin the checkpoint and take its manifest, from the pin where there is one."""
-        save, run_section = self.save, self.config.run
         self._pin = self._pin or self._make_pin()
         try:
-            self._manifest = manifest.build(
-                self._pin or save.path, path=save.path, step=save.step, run=save.run, samples=save.samples,
-                tokens=save.tokens, tokenizer=run_section.tokenizer or "", saved_at=save.saved_at,
-            )  # fmt: skip
+            self._manifest = self._build(self._pin or self.save.path)
         except CheckpointError:
             self.abandon()
             raise
+
+    def _build(self, directory: str) -> Manifest:
+        save = self.save
+        return manifest.build(
+            directory, path=save.path, step=save.step, run=save.run, samples=save.samples, tokens=save.tokens,
+            tokenizer=self.config.run.tokenizer or "", saved_at=save.saved_at,
+        )  # fmt: skip
 
     def abandon(self) -> None:
         """Give up: what was pinned and not handed over is freed."""
@@ -89,29 +98,51 @@ class Handover:
             self._pin = ""
 
     def _make_pin(self) -> str:
-        way, path = self.config.hook.pin, self.save.path
-        if way == "none":
+        hook, path = self.config.hook, self.save.path
+        if hook.pin == "none":
             return ""
-        if len(pin.existing(path)) >= self.config.hook.max_pins:
-            log.warning(
-                "autoeval: %s is not pinned: %s holds hook.max_pins = %d pins already; it is lost if retention deletes "
-                "it before it is evaluated", path, pin.pins_dir(path), self.config.hook.max_pins,
-            )  # fmt: skip
+        if self._full():
+            tidy_pins(self.queue, os.path.dirname(path))
+        if self._full() and not self._room():
+            self._unpinned = (
+                f"{path} is not pinned: {pin.pins_dir(path)} holds hook.max_pins = {hook.max_pins} pins already; "
+                "it is lost if retention deletes it before it is evaluated"
+            )
             return ""
         try:
-            return pin.make(path, pin.pins_dir(path), way, self.queue.ops)
+            return pin.make(path, pin.pins_dir(path), hook.pin, self.queue.ops)
         except pin.PinImpossible as error:
-            log.warning(
-                "autoeval: %s; it is lost if retention deletes it before it is evaluated. "
-                "Set `hook.pin: copy` to copy weights, or keep more checkpoints", error,
-            )  # fmt: skip
+            self._unpinned = (
+                f"{error}; it is lost if retention deletes it before it is evaluated. Set `hook.pin: copy` to copy "
+                "weights, or keep more checkpoints: `hook.save_total_limit` in place of the Trainer's spares those "
+                "that wait"
+            )
             return ""
 
-    def _enqueue(self, suite: str, found: Manifest) -> bool:
+    def _full(self) -> bool:
+        """Whether a pin for each suite would be more than `hook.max_pins`."""
+        return len(pin.existing(self.save.path)) + len(self.suites) > self.config.hook.max_pins
+
+    def _room(self) -> bool:
+        """Whether there is room for one more pin at least, made by `hook.on_full` if need be."""
+        hook, save = self.config.hook, self.save
+        if hook.on_full == "unpinned":
+            return len(pin.existing(save.path)) < hook.max_pins
+        found = self._build(save.path)      # who is known already needs no room
+        wanted = sum(not self.queue.known(self._ticket(suite, found).id) for suite in self.suites)
+        return make_room(self.queue, save.path, save.step, wanted=wanted, limit=hook.max_pins)
+
+    def _ticket(self, suite: str, found: Manifest) -> Ticket:
         settings = self.config.suites[suite]
-        new = ticket.new(found, suite, settings.digest, settings.cadence.priority)
+        return ticket.new(found, suite, settings.digest, settings.cadence.priority)
+
+    def _enqueue(self, suite: str, found: Manifest) -> bool:
+        new = self._ticket(suite, found)
         if self.queue.known(new.id):
             return False
+        if self._unpinned:
+            log.warning("autoeval: %s", self._unpinned)
+            self._unpinned = ""
         if self._pin:
             # One pin for each ticket, so that each can be freed alone; links of links cost nothing more.
             own = pin.make(self._pin, os.path.dirname(self._pin), self.config.hook.pin, self.queue.ops)
@@ -197,21 +228,8 @@ def remembered(output_dir: str) -> RunIdentity | None:
         text = fsio.FileOps().read(os.path.join(output_dir, OURS, "run.json"), 1 << 16)
     except OSError:
         return None
-    return strict.parse(RunIdentity, text, "run.json", [], max_bytes=1 << 16)
-
-
-def tidy_pins(queue: Queue, output_dir: str) -> None:
-    """Free pins that were left behind: those whose ticket is done while no other lives on them, and unfinished
-    ones of processes of this host that are gone."""
-    pins = pin.existing(os.path.join(output_dir, "checkpoint"))
-    done = {token.ticket for token in queue.tokens("done")}
-    candidates = [p for p in pins if os.path.basename(p) in done]
-    if candidates:
-        # A ticket that was filed again under a changed suite lives on its predecessor's pin.
-        live = {os.path.realpath(queue.ticket(t.ticket).pin) for t in queue.tokens("pending", "claimed", "failed")}
-        candidates = [p for p in candidates if os.path.realpath(p) not in live]
-    for path in [*candidates, *(p for p in pins if pin.orphaned(p))]:
-        pin.release(path, queue.ops)
+    run = strict.parse(RunIdentity, text, "run.json", [], max_bytes=1 << 16)
+    return None if run is None or run_identity.problem(run) else run
 
 
 def training_id(output_dir: str, *, resumed: bool) -> str:

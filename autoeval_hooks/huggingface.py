@@ -6,16 +6,15 @@ import functools
 import glob
 import json
 import os
-import re
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from autoeval_hooks import config as configs
 from autoeval_hooks.delivery import Delivery, log, never_raise
-from autoeval_hooks.errors import CheckpointError
+from autoeval_hooks.errors import CheckpointError, TicketError
 from autoeval_hooks.handover import (
     Handover,
     Save,
@@ -25,14 +24,12 @@ from autoeval_hooks.handover import (
     file_system_time,
     identity,
     remember,
-    tidy_pins,
     training_id,
 )
 from autoeval_hooks.queue import Queue
 from autoeval_hooks.relay import Relay
+from autoeval_hooks.retention import CHECKPOINT, rotate, tidy_pins
 from autoeval_hooks.run_identity import RunIdentity
-
-_CHECKPOINT = re.compile(r"checkpoint-(\d+)")
 
 
 class AutoEvalCallback(TrainerCallback):
@@ -41,8 +38,12 @@ class AutoEvalCallback(TrainerCallback):
         trainer.add_callback(AutoEvalCallback("autoeval.yaml"))
 
     Only the process that `state.is_world_process_zero` names acts. The training thread reads memory and
-    nothing else; all files are touched by a background thread. Before the next save, which may delete
-    the checkpoint before, training waits for that thread to have pinned it, `hook.deadline` seconds at most.
+    nothing else; all files are touched by a background thread. Before the next save and before its end, either of
+    which may delete a checkpoint, training waits for that thread to have pinned it, `hook.deadline` seconds at most.
+
+    Of the Trainer's files it deletes none, unless `hook.save_total_limit` asks it to rotate checkpoints in the
+    Trainer's place; then those beyond that number go, but for the best one, those that are not evaluated yet and not
+    pinned, and whatever this training did not write.
 
     `overrides` replace top-level keys of the file, mappings key by key: ``AutoEvalCallback("autoeval.yaml",
     queue="/scratch/queue", run={"name": "trial-7"})``. Raises ConfigError, before training starts; later
@@ -68,13 +69,14 @@ class AutoEvalCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         training = self._training = _Training(_output_dir(args), state.global_step, state.max_steps)
+        training.keep = self._rotation(args, state)
         run = identity(self._config)
         self._delivery.put(lambda: training.begin(run), f"starting in {training.output_dir}")
         self._delivery.put(lambda: self._open(training, run), f"opening the queue {self._config.queue}")
 
     @never_raise
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        if control.should_save and state.is_world_process_zero:
+        if (control.should_save or control.should_training_stop) and state.is_world_process_zero:
             self._delivery.flush(self._config.hook.deadline)
 
     on_epoch_end = on_step_end
@@ -84,16 +86,23 @@ class AutoEvalCallback(TrainerCallback):
         step, training = state.global_step, self._training
         if training is None or not state.is_world_process_zero:
             return
-        suites = due(self._config, step)
-        if not suites:
-            return
+        training.best = os.path.basename(state.best_model_checkpoint or "")
+        if suites := due(self._config, step):
+            self._hand_over(training, self._save(args, state, training), suites, bool(state.is_hyper_param_search))
+        if training.keep is not None:
+            self._delivery.put(lambda: self._rotate(training), f"rotating checkpoints in {training.output_dir}")
+        if control.should_training_stop:
+            # With save_total_limit=1 and a best model, the Trainer deletes this one before it tells of the end.
+            self._delivery.flush(self._config.hook.deadline)
+
+    def _save(self, args: TrainingArguments, state: TrainerState, training: _Training) -> Save:
+        step = state.global_step
         per_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        save = Save(
+        return Save(
             path=os.path.join(training.output_dir, f"checkpoint-{step}"), step=step, run=identity(self._config),
             saved_at=time.time(), samples=per_step * step,
             tokens=_tokens(state.num_input_tokens_seen, step, self._config.run.tokens_per_step),
         )  # fmt: skip
-        self._hand_over(training, save, suites, search=bool(state.is_hyper_param_search))
 
     @never_raise
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
@@ -123,16 +132,48 @@ class AutoEvalCallback(TrainerCallback):
 
     # ---------------------------------------------------------------- in the background, but for the first line
 
-    def _hand_over(self, training: _Training, save: Save, suites: tuple[str, ...], *, search: bool) -> None:
+    def _hand_over(self, training: _Training, save: Save, suites: tuple[str, ...], search: bool) -> None:
         handover = Handover(self._config, self._queue, save, suites)
+        training.on_the_way.add(name := os.path.basename(save.path))
 
         def run() -> None:
             path = _trial_checkpoint(save.path) if search else save.path
             handover.save = replace(save, path=path, run=training.named(save.run))
             handover.run()
+            training.on_the_way.discard(name)
             self._start_relay(training, save.run)
 
-        self._delivery.put(run, f"handing over {save.path}", handover.abandon)
+        def abandon() -> None:
+            training.on_the_way.discard(name)
+            handover.abandon()
+
+        self._delivery.put(run, f"handing over {save.path}", abandon)
+
+    def _rotation(self, args: TrainingArguments, state: TrainerState) -> int | None:
+        """How many checkpoints the hook is to keep; None: it leaves them alone."""
+        limit, theirs = self._config.hook.save_total_limit, args.save_total_limit or 0
+        if limit is not None and (theirs > 0 or state.is_hyper_param_search):
+            log.warning(
+                "autoeval: hook.save_total_limit = %d of %s is not used: %s", limit, self._config.path,
+                f"the Trainer rotates by its own save_total_limit = {theirs}; unset one of them" if theirs > 0
+                else "a hyper-parameter search keeps its checkpoints elsewhere",
+            )  # fmt: skip
+            return None
+        return limit
+
+    def _rotate(self, training: _Training) -> None:
+        if training.keep is None or not training.opened:
+            return      # it is not known so far which older checkpoints have no ticket yet
+        try:
+            gone = rotate(
+                self._queue, training.output_dir, training.keep,
+                since_ns=training.known_since_ns or training.began_ns,
+                spared={training.best, *training.on_the_way},
+            )  # fmt: skip
+        except (OSError, TicketError) as error:
+            log.warning("autoeval: checkpoints are not rotated this time: %s", error)
+        else:
+            log.debug("autoeval: deleted by hook.save_total_limit: %s", ", ".join(gone))
 
     def _open(self, training: _Training, run: RunIdentity) -> None:
         self._queue.create()
@@ -143,6 +184,7 @@ class AutoEvalCallback(TrainerCallback):
             first = 0 if training.known_since_ns is not None else training.resumed_at
             steps = range(first, training.resumed_at + 1)
             self._reconcile(training, run, steps, since_ns=training.known_since_ns or 0)
+        training.opened = True
 
     def _start_relay(self, training: _Training, run: RunIdentity) -> None:
         """W&B may be there from the start, or from some later step on, or never."""
@@ -177,14 +219,22 @@ class AutoEvalCallback(TrainerCallback):
 
 @dataclass
 class _Training:
-    """One call of `Trainer.train`. What stands below the first three fields is known once `begin` was done.
+    """One call of `Trainer.train`. What stands below `on_the_way` is known once `begin` was done.
 
-    `began_ns` is the file system's time at its start, `known_since_ns` that of the first training that it resumes.
+    `began_ns` is the file system's time at its start, `known_since_ns` that of the first training that it resumes;
+    `opened` says that the queue was there and that what that training had left has its tickets.
     """
 
     output_dir: str
     resumed_at: int
     last_step: int
+    keep: int | None = None
+    """Checkpoints to keep, where the hook rotates them."""
+    best: str = ""
+    """Name of the best checkpoint, as of the last save."""
+    on_the_way: set[str] = field(default_factory=set)
+    """Names of checkpoints whose hand-over is not done."""
+    opened: bool = False
     id: str = ""
     began_ns: int = 0
     known_since_ns: int | None = None
@@ -217,7 +267,7 @@ def _tokens(seen: int, step: int, per_step: int | None) -> int | None:
 
 def _checkpoints(output_dir: str) -> list[tuple[int, str]]:
     """(step, path) of the checkpoint directories, by step."""
-    found = ((_CHECKPOINT.fullmatch(name), name) for name in os.listdir(output_dir))
+    found = ((CHECKPOINT.fullmatch(name), name) for name in os.listdir(output_dir))
     return sorted((int(m[1]), os.path.join(output_dir, name)) for m, name in found if m)
 
 

@@ -11,6 +11,7 @@ import fnmatch
 import hashlib
 import json
 import os
+import stat
 import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -134,10 +135,16 @@ def model_files(directory: str) -> list[str]:
 
 
 def record(directory: str, name: str) -> FileRecord:
-    """Size, time and digest of one file. Raises CheckpointError when it changes or vanishes meanwhile."""
+    """Size, time and digest of one file. Raises CheckpointError when it changes or vanishes meanwhile.
+
+    A symbolic link is followed, wherever it leads: model caches are full of them, and it is the content that the
+    digest is taken of. Only what the manifest's digests match is evaluated, and no content is published.
+    """
     full = os.path.join(directory, name)
     try:
-        with open(full, "rb", buffering=0) as file:
+        if not stat.S_ISREG(os.stat(full).st_mode):     # opening a pipe waits, and a device may act on it
+            raise CheckpointError(f"{full}: not a regular file")
+        with open(os.open(full, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb", buffering=0) as file:
             before = os.fstat(file.fileno())
             digest = _digest(file.fileno(), before.st_size)
             after = os.fstat(file.fileno())

@@ -22,6 +22,9 @@ from autoeval_hooks.fsio import FileOps
 _NAME = re.compile(r"[0-9a-f]{64}|\.new-[A-Za-z0-9-]+")
 _CANNOT = fsio.NO_LINKS | {errno.EINVAL, errno.ENOTTY}
 """What a way of pinning answers where it cannot be done; then the next way is tried."""
+STALE_S = 6 * 3600.0
+"""After so many seconds (of the file system's clock) without a sign of life, a pin that no ticket names is nobody's.
+A hand-over that is tried again gives one every minute."""
 
 
 def pins_dir(checkpoint: str) -> str:
@@ -38,14 +41,26 @@ def existing(checkpoint: str) -> list[str]:
         return []
 
 
+def keep(path: str) -> None:
+    """Show that a pin that no ticket names yet is in use: `gc` frees such a one once nobody did so for `STALE_S`."""
+    with contextlib.suppress(OSError):
+        os.utime(path)
+
+
+def process(path: str) -> int | None:
+    """The process of this host that a pin under its passing name is named for; None for another host's, or no such."""
+    found = re.fullmatch(rf"\.new-{re.escape(fsio.hostname())}-(\d+)-[0-9a-f]+", os.path.basename(path))
+    return int(found[1]) if found else None
+
+
 def orphaned(path: str) -> bool:
     """Whether this is a pin under its passing name that a process of this host began and did not live to finish."""
-    found = re.fullmatch(rf"\.new-{re.escape(fsio.hostname())}-(\d+)-[0-9a-f]+", os.path.basename(path))
-    if found is None or int(found[1]) == os.getpid():
+    pid = process(path)
+    if pid is None or pid == os.getpid():
         return False
     try:
-        os.kill(int(found[1]), 0)
-    except ProcessLookupError:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
         return True
     except PermissionError:
         pass
@@ -85,6 +100,7 @@ def adopt(passing: str, ticket_id: str, ops: FileOps | None = None) -> str:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise
         release(passing, ops)
+        keep(final)
     ops.sync_dir(os.path.dirname(final))
     return final
 
@@ -92,12 +108,17 @@ def adopt(passing: str, ticket_id: str, ops: FileOps | None = None) -> str:
 def release(pin: str, ops: FileOps | None = None) -> None:
     """Delete a pin, and only a pin: a directory, not a link, with a pin's name under `.autoeval/pins`.
 
-    One that is gone already is as good. Raises CheckpointError for any other path.
+    One that is gone already is as good. Raises CheckpointError for any other path, and for a pin with a directory in
+    it, which is none of ours: then nothing is deleted.
     """
     real = os.path.realpath(pin)
     inside = os.path.dirname(real).endswith(os.path.join(os.sep, ticket.PINS))
     if not inside or not _NAME.fullmatch(os.path.basename(real)) or os.path.islink(pin):
         raise CheckpointError(f"{pin}: not a pin; not deleted")
+    with contextlib.suppress(FileNotFoundError), os.scandir(real) as entries:
+        for entry in entries:
+            if entry.is_dir(follow_symlinks=False):
+                raise CheckpointError(f"{entry.path}: a directory, which is none of ours, in a pin; move it away")
     fsio.remove_flat(ops or FileOps(), real)
 
 

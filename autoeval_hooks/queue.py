@@ -17,6 +17,12 @@ stop gives its ticket back without using up an attempt. PRIO is 9 minus the prio
 submitter's clock in µs: they sort the listing, nothing is decided by them.
 
 `keeper` frees what dead runners hold.
+
+A power cut loses nothing that was acknowledged. A file is synced before it is named; a directory is synced
+once a name came into it that was promised: `tickets/` and `pending/` before a submit returns, `results/`
+before its token goes to `done/`, `done/` before the commit is told. What a rename leaves is not synced: on a
+journaling file system (ext4, XFS, btrfs, ZFS, Lustre, GPFS) a rename is done wholly or not at all, so the
+token stands under one of its two names. A claim is not synced either: undone, the ticket is pending again.
 """
 
 from __future__ import annotations
@@ -40,6 +46,8 @@ STATES = ("pending", "claimed", "done", "failed", "quarantine", "cancelled")
 DIRECTORIES = ("tmp", "tickets", *STATES, "results", "hb", "locks")
 FRONT = 16
 """Runners that lost a race spread over this many tickets at the front of the listing."""
+_NO_FILE = (errno.ELOOP, errno.EISDIR, errno.ENXIO)
+"""What reading a link, a directory or a socket answers."""
 LISTING_S = 2.0
 """How long a listing of pending/ serves. Evaluations take minutes: every one of them starts from a fresh listing."""
 _TOKEN = re.compile(
@@ -65,7 +73,8 @@ class Token:
         m = _TOKEN.fullmatch(name)
         if m is None or (m["runner"] is None) != (state == "pending"):
             return None
-        return cls(state, m["sort"], m["ticket"], int(m["generation"]), int(m["failures"]), m["runner"] or "")
+        token = cls(state, m["sort"], m["ticket"], int(m["generation"]), int(m["failures"]), m["runner"] or "")
+        return token if token.name == name else None    # `g007`, digits of another script
 
     @property
     def name(self) -> str:
@@ -97,10 +106,8 @@ class Queue:
     def create(self) -> None:
         """Make the directories and see that the file system can hold a queue. Raises QueueError."""
         try:
-            os.makedirs(self.root, exist_ok=True)
             for name in DIRECTORIES:
-                with contextlib.suppress(FileExistsError):
-                    self.ops.mkdir(self._at(name))
+                fsio.make_dirs(self.ops, self._at(name))
             probe = self._at("tmp", f"probe-{fsio.unique()}")
             fsio.write_new(self.ops, probe, b"")
         except OSError as error:
@@ -110,22 +117,23 @@ class Queue:
         try:
             with contextlib.suppress(FileExistsError):      # done, and the reply was lost
                 self.ops.link(probe, probe + ".link")
-            self.ops.unlink(probe + ".link")
+            fsio.remove(self.ops, probe + ".link")
         except OSError as error:
             if error.errno in fsio.NO_LINKS:
                 raise _no_links(self.root, error) from error
             raise
         finally:
-            self.ops.unlink(probe)
+            fsio.remove(self.ops, probe)
 
     # ------------------------------------------------------------------ submitter
 
     def known(self, ticket_id: str) -> bool:
-        """Whether this ticket was ever enqueued."""
+        """Whether this ticket was ever enqueued. Then it survives a power cut."""
         try:
             self.ops.nlink(self._at("tickets", ticket_id))
         except FileNotFoundError:
             return False
+        self.ops.sync_dir(self._at("tickets"))      # its submitter may have died before it could
         return True
 
     def enqueue(self, ticket: Ticket) -> bool:
@@ -138,7 +146,8 @@ class Queue:
         tmp = self._at("tmp", f"{token.name}~{fsio.unique()}")
         fsio.write_new(self.ops, tmp, tickets.dump(ticket))
         if not self._register(tmp, ticket.id):
-            self.ops.unlink(tmp)
+            fsio.remove(self.ops, tmp)
+            self.ops.sync_dir(self._at("tickets"))      # its submitter may have died before it could
             return False
         self.admit(tmp, token.name)
         return True
@@ -205,7 +214,7 @@ class Queue:
                 "as the queue's owner, or, where a group shares the queue, give its directory to the group (chmod g+w)"
             ) from error
         except OSError as error:
-            if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            if error.errno in _NO_FILE:
                 raise TicketError(f"{path}: not a regular file") from error
             raise
         found = tickets.load(text, path)
@@ -236,9 +245,7 @@ class Queue:
         return self._put_aside(token, replace(token, state="cancelled", runner=self.runner), reason)
 
     def _put_aside(self, token: Token, aside: Token, reason: str) -> bool:
-        path = self._reason(aside)
-        with contextlib.suppress(FileExistsError):
-            fsio.write_new(self.ops, path, reason.encode(errors="replace") + b"\n")
+        fsio.replace(self._reason(aside), reason.encode(errors="replace") + b"\n", self.ops)
         if not moved(self.ops, self._path(token), self._path(aside)):
             return False
         self.ops.sync_dir(self._at(aside.state))
@@ -254,6 +261,14 @@ class Queue:
             return "lost"
         self.ops.sync_dir(self._at("pending"))
         return "pending"
+
+    def restore(self, ticket_id: str) -> None:
+        """Give a ticket that has lost its token a second name again; the janitor admits it. A power cut on a file
+        system that does renames by halves takes one, or a user's hand. Its generation is one that no result has."""
+        names = [name.split("~") for name in self.ops.listdir(self._at("results"))]
+        past = [int(n[1][1:]) for n in names if n[0] == ticket_id and len(n) == 3 and n[1][1:].isdecimal()]
+        token = Token("pending", "4-0", ticket_id, max(past, default=-1) + 1, 0)
+        self.ops.link(self._at("tickets", ticket_id), self._at("tmp", f"{token.name}~{fsio.unique()}"))
 
     def retry(self, token: Token) -> bool:
         """Bring a ticket that was ended back, with a fresh count of failures."""
@@ -276,20 +291,39 @@ class Queue:
         return self.ops.create(self._at("hb", self.runner))
 
     def beat(self, fd: int, count: int) -> None:
-        """Show that this runner lives. Raises OSError when it could not be shown."""
+        """Show that this runner lives. Raises OSError when it could not be shown.
+
+        A file that was removed as a dead runner's, while this one was paused for long, is made anew.
+        """
+        if self._removed(fd):
+            fresh = self.start_heart()
+            try:
+                os.dup2(fresh, fd, inheritable=False)
+            finally:
+                self.ops.close(fresh)
         self.ops.pwrite(fd, b"%020d" % count, 0)
         self.ops.fsync(fd)
 
+    def _removed(self, fd: int) -> bool:
+        try:
+            return self.ops.names(fd) == 0
+        except OSError as error:
+            if error.errno != errno.ESTALE:     # NFS's word for a file that another host removed
+                raise
+            return True
+
     def stop_heart(self, fd: int) -> None:
         self.ops.close(fd)
-        self.ops.unlink(self._at("hb", self.runner))
+        fsio.remove(self.ops, self._at("hb", self.runner))
 
     def heartbeat(self, runner: str) -> bytes:
         """What a runner's heartbeat file holds now; nothing when there is none."""
         try:
             return self.ops.read(self._at("hb", runner), 64)
-        except FileNotFoundError:
-            return b""
+        except OSError as error:
+            if error.errno in (errno.ENOENT, *_NO_FILE):
+                return b""
+            raise
 
     # ------------------------------------------------------------------ looking
 

@@ -7,18 +7,16 @@ The right to log is a lease: the hook logs only while its last heartbeat is youn
 (`ENDED_LEASE_S` after the end) on its own clock; the runner acts on its own only after it saw the heartbeat
 unchanged for much longer (`STALE_S`, `ENDED_STALE_S`) on its own. No two hosts' clocks are compared.
 
-Delivery to W&B is at least once. A point moves to `logged/` only `GRACE_S` after its row was complete, which is
-longer than W&B takes to write or send a row. The end of the process or of the W&B run moves nothing earlier: W&B has
-yet to send then, and nothing says whether it could. A point that this leaves in `points/` is the runner's: as the
-run's only writer it first looks whether the row is there, and then only moves the point. What remains:
+A point is logged once. It is moved to `taken/` under this relay's name before the training thread may log it, and to
+`logged/` only `GRACE_S` after its row was complete, which is longer than W&B takes to write or send a row. The end of
+the process or of the W&B run moves nothing earlier: W&B has yet to send then, and nothing says whether it could. What
+a process leaves in `taken/` no later relay logs: a runner looks for its row in the run first (eval_runner.sinks.wandb).
+The runner also looks, once the process is gone, for what is in `logged/`. What remains:
 
-- Training resumes the W&B run before the runner did so (where the trainer logs by step and the run is not over, the
-  runner never does): the relay looks at no rows, and logs again what was logged in the last `GRACE_S` before the end
-  or the kill. The same value then stands twice at the same ``bench/step``.
-- The same, where the runner cannot read the run's offline directory: it logs these points again.
-- The training process is suspended (SIGSTOP) beyond `STALE_S` and comes back: a point of it can be there twice.
-- The training process dies while W&B could not send for more than `GRACE_S`: a point can be in `logged/` and not
-  in W&B. It can be logged again from `results/`.
+- The training process is suspended (SIGSTOP) between `log` and the sending of the row, for longer than `STALE_S`: the
+  runner finds no row and logs the point; it stands there twice once the process goes on.
+- A second process trains the same W&B run at the same time: W&B itself overwrites rows then. The runner finds what was
+  lost of ours once both are gone.
 """
 
 from __future__ import annotations
@@ -28,7 +26,7 @@ import os
 import threading
 import uuid
 from collections import deque
-from typing import Any
+from typing import Any, NamedTuple
 
 from autoeval_hooks import fsio
 from autoeval_hooks.delivery import log, never_raise
@@ -37,6 +35,7 @@ from autoeval_hooks.relay_files import (
     AXIS,
     ENDED_LEASE_S,
     LEASE_S,
+    RELAY,
     TOKENS_AXIS,
     VERSION,
     Announcement,
@@ -44,8 +43,10 @@ from autoeval_hooks.relay_files import (
     Point,
     clock,
     encode,
+    move,
     read_point,
     set_aside,
+    taken,
     waiting,
 )
 from autoeval_hooks.run_identity import RunIdentity, wandb_run
@@ -56,11 +57,19 @@ GRACE_S = 40.0
 """W&B writes its log and sends rows every 15 s; twice that, and a little for a slow network."""
 RELIST_S = 60.0
 """`points/` is listed again after this time even where its change time says that nothing came."""
+AHEAD = 16
+"""At most so many points are taken before they are logged: if this process is killed, a runner must look for them."""
 END_WAIT_S = 5.0
 """How long the end of training waits for the last points and the marker."""
 
 _active: dict[str, Relay] = {}
 _active_lock = threading.Lock()
+
+
+class _Taken(NamedTuple):
+    name: str
+    """In taken/, as long as it is ours."""
+    point: Point
 
 
 class Relay:
@@ -83,10 +92,11 @@ class Relay:
         self._run: Any = None
         self._pid = 0
         self._lock = threading.Lock()  # held while logging, never while a file is touched
-        self._ready: deque[Point] = deque()
-        self._open: Point | None = None
-        self._complete: list[tuple[float, str]] = []
-        self._known: set[str] = set()
+        self._ready: deque[_Taken] = deque()
+        self._open: _Taken | None = None
+        self._complete: list[tuple[float, _Taken]] = []
+        self._known: set[str] = set()  # tickets in `_ready`, and all that this process has ever logged
+        self._lapses = 0
         self._defined: set[str] = set()
         self._stopped = False
         self._ended: Ended | None = None
@@ -121,10 +131,10 @@ class Relay:
             return
         try:
             if self._open is not None:
-                self._complete.append((clock(), self._open.ticket))
+                self._complete.append((clock(), self._open))
                 self._open = None
             if self._ready and self._ended is None and self._may_log():
-                self._run.log(self._ready[0].row(), commit=False)
+                self._run.log(self._ready[0].point.row(), commit=False)
                 self._open = self._ready.popleft()
         finally:
             self._lock.release()
@@ -152,9 +162,12 @@ class Relay:
             before._stopped = True
             self._open, before._open = before._open, None
             self._complete, before._complete = before._complete, []
-        self._known = {ticket for _, ticket in self._complete}
-        if self._open is not None:
-            self._known.add(self._open.ticket)
+            self._known = before._known - {item.point.ticket for item in before._ready}
+
+    @property
+    def _who(self) -> str:
+        """Whose points in taken/ are ours. A name that was used before a lapse of the lease is not used again."""
+        return f"{RELAY}{self._incarnation}-{self._lapses}"
 
     # ---------------------------------------------------------------- the background thread
 
@@ -168,6 +181,8 @@ class Relay:
             self._wake.clear()
         self._stopped = True
         self._done.set()
+        with contextlib.suppress(Exception):  # what stays in taken/ is looked for by a runner
+            self._hand_back()
         with _active_lock:
             if _active.get(self._dir) is self:
                 del _active[self._dir]
@@ -177,9 +192,14 @@ class Relay:
     def _turn(self) -> None:
         ending = self._ended
         self._beat()
-        self._load()
+        if self._stopped:
+            return
+        if ending is None or not self._logs_by_step:
+            self._load()
         if ending is not None:
-            if not self._logs_by_step:
+            if self._logs_by_step:
+                self._hand_back()
+            else:
                 self._log_rows()
             if not self._marked:
                 fsio.replace(os.path.join(self._dir, "ended.json"), encode(ending))
@@ -207,15 +227,14 @@ class Relay:
         os.fsync(self._heartbeat)
         lease = LEASE_S if self._ended is None else ENDED_LEASE_S
         if clock() - self._beat_at >= lease:
-            with self._lock:  # somebody else may have logged them meanwhile: look at the files again
-                self._known -= {point.ticket for point in self._ready}
-                self._ready.clear()
-                self._gate = (0, 0.0)
+            self._hand_back()  # what somebody else has not taken meanwhile
+            self._lapses += 1
         self._beat_at = now
 
     def _announce(self) -> None:
         for name in ("", "points", "taken", "logged"):
             os.makedirs(os.path.join(self._dir, name), exist_ok=True)
+        self._adopt()
         # Our own file under the name: the descriptor tells us when another process puts its file there.
         path = os.path.join(self._dir, "heartbeat")
         fd = fsio.FileOps().create(f"{path}.{self._incarnation}")
@@ -233,12 +252,29 @@ class Relay:
             raise
         self._heartbeat = fd
 
+    def _adopt(self) -> None:
+        """Put our name on what the relay before us had logged: it is not ours to be looked for."""
+        with self._lock:
+            mine = [item for _, item in self._complete] + ([self._open] if self._open else [])
+        for item in mine:
+            name = taken(item.point.ticket, self._who)
+            with contextlib.suppress(OSError):
+                move(self._dir, f"taken/{item.name}", f"taken/{name}")
+        with self._lock:
+            self._complete = [(at, self._renamed(item)) for at, item in self._complete]
+            self._open = self._renamed(self._open) if self._open else None
+
+    def _renamed(self, item: _Taken) -> _Taken:
+        return item._replace(name=taken(item.point.ticket, self._who))
+
     def _load(self) -> None:
-        """Bring new points into memory, their metrics defined: neither a file nor a definition costs training."""
+        """Take new points and bring them into memory, their metrics defined: neither a file nor a definition costs
+        training."""
         changed, now = fsio.gate(os.path.join(self._dir, "points")), clock()
         seen, listed_at = self._gate
+        room = AHEAD - len(self._ready)
         # Within 2 s of a listing, a coarse change time may not tell a later change.
-        if changed == seen and 2.0 < now - listed_at < RELIST_S:
+        if room <= 0 or (changed == seen and 2.0 < now - listed_at < RELIST_S):
             return
         found = []
         for name in waiting(self._dir):
@@ -254,13 +290,31 @@ class Relay:
                 self._say(f"refused a point in {self._dir}: {error}")
                 with contextlib.suppress(OSError):
                     set_aside(self._dir, name, str(error))
-        for point in sorted(found, key=lambda p: (p.step, p.ticket)):
+        for point in sorted(found, key=lambda p: (p.step, p.ticket))[:room]:
             define(self._run, point.metrics, self._defined)
+            item = _Taken(taken(point.ticket, self._who), point)
+            try:
+                if not move(self._dir, f"points/{point.ticket}.json", f"taken/{item.name}"):
+                    continue
+            except OSError:
+                with contextlib.suppress(OSError):
+                    move(self._dir, f"taken/{item.name}", f"points/{point.ticket}.json")
+                raise
             with self._lock:
                 self._known.add(point.ticket)
-                self._ready.append(point)
-        if changed != seen or now - listed_at >= RELIST_S:
+                self._ready.append(item)
+        if len(found) <= room and (changed != seen or now - listed_at >= RELIST_S):
             self._gate = (changed, now)
+
+    def _hand_back(self) -> None:
+        """Put what was taken and not logged back into points/."""
+        with self._lock:
+            items = list(self._ready)
+            self._ready.clear()
+            self._known -= {item.point.ticket for item in items}
+            self._gate = (0, 0.0)
+        for item in items:
+            move(self._dir, f"taken/{item.name}", f"points/{item.point.ticket}.json")
 
     def _log_rows(self) -> None:
         """After the end: each point a row of its own."""
@@ -270,23 +324,20 @@ class Relay:
                     return
                 if self._open is not None:
                     self._run.log({}, commit=True)
-                    self._complete.append((clock(), self._open.ticket))
+                    self._complete.append((clock(), self._open))
                     self._open = None
-                self._run.log(self._ready[0].row(), commit=True)
-                self._complete.append((clock(), self._ready.popleft().ticket))
+                self._run.log(self._ready[0].point.row(), commit=True)
+                self._complete.append((clock(), self._ready.popleft()))
 
     def _settle(self) -> None:
         """Move what was complete for `GRACE_S` to `logged/`."""
         with self._lock:
             old = [item for item in self._complete if clock() - item[0] >= GRACE_S]
         for item in old:
-            name = f"{item[1]}.json"
-            with contextlib.suppress(FileNotFoundError):  # taken by somebody who thought us dead
-                os.rename(os.path.join(self._dir, "points", name), os.path.join(self._dir, "logged", name))
+            move(self._dir, f"taken/{item[1].name}", f"logged/{item[1].name}")  # or a runner did, which thought us dead
             with self._lock:
                 if item in self._complete:
                     self._complete.remove(item)
-                    self._known.discard(item[1])
 
     def _say(self, text: str) -> None:
         if text not in self._said and len(self._said) < 100:

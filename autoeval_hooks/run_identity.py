@@ -7,7 +7,7 @@ import json
 import os
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 
@@ -38,6 +38,24 @@ class RunIdentity:
         return f"{readable}-{hashlib.sha256(json.dumps(own).encode()).hexdigest()[:12]}"
 
 
+MAX_TEXT = 4096
+"""Bytes of one field."""
+_NO_WANDB_ID = re.compile(r"[:;,#?/']|\A\s|\s\Z|\A\.+\Z")
+"""What W&B refuses in a run's id (`wandb.Settings.run_id`), and dots: it becomes part of a directory's name."""
+
+
+def problem(run: RunIdentity) -> str:
+    """What is wrong with an identity that somebody else wrote, or ""."""
+    texts = asdict(run)
+    if long := [key for key, text in texts.items() if len(text.encode()) > MAX_TEXT]:
+        return f"run.{long[0]} has more than {MAX_TEXT} bytes"
+    if len(run.wandb_id) > 128 or _NO_WANDB_ID.search(run.wandb_id):
+        return f"run.wandb_id {run.wandb_id!r:.80} is none that W&B takes"
+    if run.wandb_dir and (not os.path.isabs(run.wandb_dir) or ".." in run.wandb_dir.split("/")):
+        return f"run.wandb_dir {run.wandb_dir!r:.200} is not absolute and plain"
+    return ""
+
+
 def current(run_id: str, *, name: str = "", project: str = "", entity: str = "") -> RunIdentity:
     """The identity of the run that this process trains, from the W&B run that is open in it, if any.
 
@@ -58,7 +76,7 @@ def current(run_id: str, *, name: str = "", project: str = "", entity: str = "")
         wandb_group=run.group or "",
         wandb_base_url=settings.base_url or "",
         wandb_mode=settings.mode or "online",
-        wandb_dir=os.path.dirname(os.path.dirname(directory)),
+        wandb_dir=os.path.dirname(os.path.dirname(os.path.abspath(directory))) if directory else "",
     )
 
 

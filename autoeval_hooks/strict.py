@@ -18,6 +18,9 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 
+MAX_ERRORS = 100
+"""After this many nothing more is looked at: eight megabytes can hold millions of misfits."""
+
 
 def near(name: str, known: Iterable[str]) -> str:
     """`", did you mean 'x'?"` for the known name nearest to `name`, or the list of all of them."""
@@ -41,8 +44,10 @@ def build(cls: type[T], data: object, where: str, errors: list[str]) -> T | None
     hints = _hints(cls)  # type: ignore[arg-type]  # a class is hashable
     fields = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]  # T is a dataclass
     for key in data:
+        if len(errors) >= MAX_ERRORS:
+            break
         if key not in fields:
-            errors.append(f"{_join(where, key)}: unknown key{near(str(key), fields)}")
+            errors.append(f"{_join(where, key)}: unknown key{near(str(key)[:80], fields)}")
     values: dict[str, Any] = {}
     for name, field in fields.items():
         if name in data:
@@ -53,12 +58,12 @@ def build(cls: type[T], data: object, where: str, errors: list[str]) -> T | None
 
 
 def parse(cls: type[T], text: bytes, where: str, errors: list[str], *, max_bytes: int, max_depth: int = 12) -> T | None:
-    """`build` from JSON text; size, depth, repeated keys and non-finite numbers are checked first."""
+    """`build` from JSON text in UTF-8; size, depth, repeated keys and non-finite numbers are checked first."""
     if len(text) > max_bytes:
         errors.append(f"{where}: {len(text)} bytes, the limit is {max_bytes}")
         return None
     try:
-        data = json.loads(text, object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
+        data = json.loads(text.decode(), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
         if _depth(data) > max_depth:
             raise ValueError(f"nested deeper than {max_depth} levels")
     except (ValueError, RecursionError) as error:
@@ -81,24 +86,33 @@ def _value(kind: Any, value: object, where: str, errors: list[str]) -> Any:
         return _value(next(a for a in args if a is not type(None)), value, where, errors)
     if origin is typing.Literal:
         if value not in args or type(value) is not type(args[0]):
-            errors.append(f"{where}: {value!r} is not one of {', '.join(map(repr, args))}")
+            errors.append(f"{where}: {value!r:.60} is not one of {', '.join(map(repr, args))}")
         return value
     if origin is tuple:
         if not isinstance(value, list):
             errors.append(f"{where}: expected a list, found {_name(value)}")
             return ()
-        return tuple(_value(args[0], item, f"{where}[{i}]", errors) for i, item in enumerate(value))
+        items = []
+        for i, item in enumerate(value):
+            if len(errors) >= MAX_ERRORS:
+                break
+            items.append(_value(args[0], item, f"{where}[{i}]", errors))
+        return tuple(items)
     if origin is dict:
         if not isinstance(value, dict):
             errors.append(f"{where}: expected a mapping, found {_name(value)}")
             return {}
-        for key in value:
-            if not isinstance(key, str):
-                errors.append(f"{where}: key {key!r} is not text")
-        return {k: _value(args[1], v, _join(where, k), errors) for k, v in value.items()}
+        out = {}
+        for key, item in value.items():
+            if len(errors) >= MAX_ERRORS:
+                break
+            if not isinstance(key, str) or not _holds(key):
+                errors.append(f"{where}: key {key!r:.60} is not text that a name may hold")
+            out[key] = _value(args[1], item, _join(where, key), errors)
+        return out
     if dataclasses.is_dataclass(kind):
         return build(typing.cast(type, kind), value, where, errors)
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < 1 << 1000:     # what lies beyond is no float
         value = float(value)
     if type(value) is not kind:
         errors.append(f"{where}: expected {_TYPE_NAMES.get(kind, kind)}, found {_name(value)}")
@@ -106,7 +120,7 @@ def _value(kind: Any, value: object, where: str, errors: list[str]) -> Any:
         errors.append(f"{where}: {value} is not a finite number")
     elif kind is int and abs(typing.cast(int, value)) >= 1 << 63:
         errors.append(f"{where}: the number does not fit in 64 bits")
-    elif kind is str and ("\0" in typing.cast(str, value) or not _encodes(typing.cast(str, value))):
+    elif kind is str and not _holds(typing.cast(str, value)):
         errors.append(f"{where}: text with a character that no path or name may hold")
     return value
 
@@ -123,15 +137,19 @@ def _name(value: object) -> str:
 
 
 def _join(where: str, key: object) -> str:
-    return f"{where}.{key}" if where else str(key)
+    shown = str(key)
+    if len(shown) > 80 or not shown.isprintable():
+        shown = f"{key!a:.80}"
+    return f"{where}.{shown}" if where else shown
 
 
-def _encodes(text: str) -> bool:
+def _holds(text: str) -> bool:
+    """Whether a path or a name can hold this text."""
     try:
         text.encode()
     except UnicodeEncodeError:
         return False
-    return True
+    return "\0" not in text
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

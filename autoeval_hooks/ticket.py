@@ -9,14 +9,20 @@ import re
 from dataclasses import asdict, dataclass
 
 from autoeval_hooks import manifest as manifests
-from autoeval_hooks import strict
+from autoeval_hooks import run_identity, strict
 from autoeval_hooks.errors import TicketError
 from autoeval_hooks.manifest import Manifest
 
 VERSION = 1
 MAX_BYTES = 8 << 20
 PINS = os.path.join(".autoeval", "pins")
-_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+MAX_TEXT = 4096
+"""Bytes of a path or a name, as PATH_MAX of Linux."""
+MAX_FILE_NAME = 255
+"""Bytes, as NAME_MAX of Linux."""
+LATEST = 1e11
+"""Seconds since the epoch; what lies beyond is no time that a program can show."""
+_NAME = re.compile(r"(?!\.+\Z)[A-Za-z0-9_.-]{1,64}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -76,8 +82,14 @@ def _problem(ticket: Ticket) -> str:
         return f"suite {ticket.suite!r:.80} is not a name"
     if not 0 <= ticket.priority <= 9:
         return f"priority {ticket.priority} is not within 0 to 9"
-    if m.step < 0 or (m.tokens or 0) < 0 or (m.samples or 0) < 0:
-        return "a negative step, token or sample count"
+    if m.step < 0 or (m.tokens or 0) < 0 or (m.samples or 0) < 0 or any(f.size < 0 for f in m.files):
+        return "a negative step, size, token or sample count"
+    if not 0 <= m.saved_at < LATEST:
+        return f"saved_at {m.saved_at} is no time"
+    if problem := run_identity.problem(m.run):
+        return problem
+    if any(len(text.encode()) > MAX_TEXT for text in (m.path, ticket.pin, m.tokenizer, m.kind, m.host)):
+        return f"a path or name of more than {MAX_TEXT} bytes"
     if not all(_DIGEST.fullmatch(d) for d in (ticket.suite_digest, m.digest, m.weights_digest)):
         return "a digest that is not 64 hexadecimal digits"
     for path in (m.path, ticket.pin, m.tokenizer):
@@ -91,10 +103,13 @@ def _problem(ticket: Ticket) -> str:
     for name in names:
         if name.startswith("/") or any(part in ("", ".", "..") for part in name.split("/")):
             return f"file {name!r:.200} would escape the checkpoint"
+        if any(len(part.encode()) > MAX_FILE_NAME for part in name.split("/")) or len(name) > MAX_TEXT:
+            return f"file {name!r:.200} has a name that no file can have"
     if manifests.digest_of(m) != m.digest or manifests.weights_digest_of(m.files) != m.weights_digest:
         return "the manifest's digest is not that of its content"
     if ticket_id(m.digest, ticket.suite_digest) != ticket.id:
         return "the ticket's id is not that of its content"
-    if ticket.pin and not ticket.pin.endswith(os.path.join(os.sep, PINS, os.path.basename(ticket.pin))):
+    pins, name = os.path.split(ticket.pin)
+    if ticket.pin and not (pins.endswith(os.path.join(os.sep, PINS)) and _DIGEST.fullmatch(name)):
         return f"pin {ticket.pin!r:.200} is not under {PINS}"
     return ""

@@ -199,7 +199,7 @@ _KINDS = {"int": "64-bit number", "float": "finite number", "bool": "true or fal
 Shown = dict[str, tuple[str, str]]
 """By key path, what a text became and what stands in the file, so that no message need print a secret."""
 
-_VARIABLE = re.compile(
+VARIABLE = re.compile(
     r"\$\$|\$\{(?P<name>[A-Za-z_][A-Za-z0-9_]*)(?::-(?P<default>(?:[^}$]|\$(?!\{))*))?\}|(?P<torn>\$\{)"
 )
 
@@ -247,7 +247,7 @@ def expand_into(value: Any, where: str, errors: list[str], shown: Shown) -> Any:
             return ""
         return found
 
-    text = _VARIABLE.sub(fill, value)
+    text = VARIABLE.sub(fill, value)
     shown[where] = (text, value)
     return text
 

@@ -5,14 +5,30 @@ from __future__ import annotations
 import contextlib
 import logging
 import threading
+from collections.abc import Callable, Iterator
 
+from autoeval_hooks.errors import QueueError
 from autoeval_hooks.keeper import boottime
-from autoeval_hooks.queue import Queue
+from autoeval_hooks.queue import Queue, Token
+from eval_runner.evaluators.base import Limits
+from eval_runner.process import GRACE_S
 
 log = logging.getLogger("autoeval")
 
 BEATS = 6
-"""Heartbeats in the length of a lease."""
+"""Heartbeats in the length of a lease, at least."""
+BEAT_MAX_S = 5.0
+"""Longest pause between two heartbeats, and between two looks whether a claim still stands."""
+
+
+def limits(lease: float, timeout: float | None) -> Limits:
+    """What a program may take of a lease (seconds) that is lost, so that it is gone before another runner starts it.
+
+    We let go lease/2 after the last sign of life. Told so, the program has `grace`; where this process stands
+    still and cannot tell it, it is ended `silence` after it did. Both leave a quarter of the lease, of which
+    `process.POLL_S` and the time to kill are a small part.
+    """
+    return Limits(timeout, grace=min(GRACE_S, lease / 4), silence=lease / 4)
 
 
 class Lease:
@@ -27,9 +43,17 @@ class Lease:
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._loop, name="autoeval-lease", daemon=True)
         self._fd = -1
+        self._watched: Token | None = None
+        self._taken: Token | None = None
 
     def __enter__(self) -> Lease:
-        self._fd = self._queue.start_heart()
+        try:
+            self._fd = self._queue.start_heart()
+        except FileExistsError as error:
+            raise QueueError(
+                f"{error.filename or self._queue.root}: a runner of the name {self._queue.runner!r} is there already; "
+                "give this one another, or remove the file if that one is gone"
+            ) from error
         self._queue.beat(self._fd, 0)
         self._shown_at = boottime()
         self._thread.start()
@@ -46,9 +70,25 @@ class Lease:
         claimed then to be ours still. A gap is not forgotten: another may have taken the ticket over in it."""
         return boottime() - self._shown_at < self._seconds / 2 and self._gap_at < moment
 
+    @contextlib.contextmanager
+    def watching(self, token: Token, since: float) -> Iterator[Callable[[], bool]]:
+        """Look after a claim that was made at `since`. The function tells at once, without asking the file system,
+        whether it is ours still as far as we know: nobody was seen to cancel it, nor could have taken it over."""
+        self._taken = None
+        self._watched = token
+        try:
+            yield lambda: self.held_since(since) and self._taken != token
+        finally:
+            self._watched = None
+
+    def _look(self) -> None:
+        token = self._watched
+        if token is not None and not self._queue.holds(token):
+            self._taken = token
+
     def _loop(self) -> None:
         count = 0
-        while not self._over.wait(self._seconds / BEATS):
+        while not self._over.wait(min(self._seconds / BEATS, BEAT_MAX_S)):
             count += 1
             started = boottime()      # a write that hangs counts from when it was begun
             try:
@@ -59,3 +99,5 @@ class Lease:
                 if boottime() - self._shown_at >= self._seconds / 2:
                     self._gap_at = boottime()
                 self._shown_at = started
+            with contextlib.suppress(OSError):      # then the heartbeat has failed too, or will
+                self._look()

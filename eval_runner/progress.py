@@ -15,6 +15,7 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
 from autoeval_hooks.ticket import Ticket
+from eval_runner import secrets
 from eval_runner.results.schema import Result
 
 log = logging.getLogger("autoeval")
@@ -32,6 +33,7 @@ class Progress:
         else:
             handler = logging.StreamHandler(sys.stderr)
             handler.setFormatter(_JsonLines())
+        handler.addFilter(_masked)
         self._handler = handler
         self._level = logging.DEBUG if verbose else logging.INFO
         self._before = (log.level, log.propagate)
@@ -88,6 +90,12 @@ class Progress:
             "step %d, suite %s: %s; the ticket is %s", result.step, result.suite, result.failure.message, became,
             extra={"data": {"ticket": result.ticket, "step": result.step, "kind": result.failure.kind}},
         )  # fmt: skip
+
+
+def _masked(record: logging.LogRecord) -> bool:
+    """Keep secrets out of a message; what a plugin raises may quote its settings."""
+    record.msg, record.args = secrets.masked(record.getMessage()), ()
+    return True
 
 
 class _JsonLines(logging.Formatter):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -35,7 +36,7 @@ class Publisher:
 
     def __enter__(self) -> Publisher:
         for name in self._sinks:
-            (Path(self._queue.root) / "published" / name).mkdir(parents=True, exist_ok=True)
+            fsio.make_dirs(self._queue.ops, str(self._marks(name)))
         self._thread.start()
         return self
 
@@ -59,16 +60,19 @@ class Publisher:
             time.sleep(PERIOD_S / 10)
         return False
 
+    def look(self) -> bool:
+        """Give every sink what it lacks, and let it move on; whether nothing waits any longer."""
+        settled = [self._serve(name, sink) for name, sink in self._sinks.items()]
+        return all(settled)
+
     def _loop(self) -> None:
         while not self._over.is_set():
-            settled = [self._serve(name, sink) for name, sink in self._sinks.items()]
-            self._settled = all(settled)
+            self._settled = self.look()
             self._rounds += 1
             self._wake.wait(PERIOD_S)
             self._wake.clear()
 
     def _serve(self, name: str, sink: Sink) -> bool:
-        """Give one sink what it lacks and let it move on; whether nothing waits any longer."""
         try:
             marked = set(self._queue.ops.listdir(str(self._marks(name))))
             given = [self._give(name, sink, t) for t in self._queue.tokens("done") if t.result_name not in marked]
@@ -81,19 +85,21 @@ class Publisher:
 
     def _give(self, name: str, sink: Sink, token: Token) -> bool:
         try:
-            result = store.read(Path(self._queue.root) / "results" / token.result_name)
+            result = store.read(Path(self._queue.root) / "results" / token.result_name, self._queue.ops)
             if result.status == "ok":
                 sink.publish(result)
         except store.ResultError as error:
             self._say(token.ticket, str(error))
-            return True     # another look will not mend it; `status` names it too
+            # Another look will not mend a record that is missing or torn, and `status` names it; an error passes.
+            return not isinstance(error.__cause__, OSError) or isinstance(error.__cause__, FileNotFoundError)
         except TicketError as error:
             self._say(token.ticket, f"sink {name}, ticket {token.ticket[:12]}: {error}; it cannot be shown there")
             return True
         except Exception as error:
             self._say(token.ticket, f"sink {name}, ticket {token.ticket[:12]}: {error}; will be tried again")
             return False
-        fsio.replace(str(self._marks(name) / token.result_name), b"", self._queue.ops)
+        with contextlib.suppress(FileExistsError):
+            self._queue.ops.close(self._queue.ops.create(str(self._marks(name) / token.result_name)))
         return True
 
     def _marks(self, name: str) -> Path:

@@ -7,17 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import re
-import shutil
 import signal
-import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from autoeval_hooks import fsio, pin
 from autoeval_hooks import ticket as tickets
@@ -27,15 +24,18 @@ from autoeval_hooks.fsio import FileOps
 from autoeval_hooks.keeper import Keeper, boottime
 from autoeval_hooks.queue import Queue, Token
 from autoeval_hooks.ticket import Ticket
-from eval_runner.checkpoints import huggingface
-from eval_runner.config.models import Config, Suite
-from eval_runner.evaluators.base import Evaluator, Job
+from eval_runner import attempt as attempts
+from eval_runner import breaker, parts, scratch
+from eval_runner.attempt import Attempt
+from eval_runner.breaker import Breakers
+from eval_runner.config.models import Config
+from eval_runner.evaluators.base import Evaluator
 from eval_runner.lease import Lease
 from eval_runner.process import Stopped
 from eval_runner.progress import Progress
 from eval_runner.publisher import Publisher
 from eval_runner.results import store
-from eval_runner.results.schema import VERSION, Evaluation, Failure, Instance, Result
+from eval_runner.results.schema import Failure
 from eval_runner.sinks.base import Sink
 
 log = logging.getLogger("autoeval")
@@ -64,9 +64,10 @@ class Runner:
     sinks: dict[str, Sink]
     progress: Progress
     name: str = field(default_factory=fsio.unique)
-    ops: FileOps = field(default_factory=FileOps)
     stopped: threading.Event = field(default_factory=threading.Event)
     """Set it to have the ticket in hand given back and `run` return."""
+    ops: FileOps = field(default_factory=FileOps)
+    """Every call into the file system that moves a ticket or records what became of it."""
     done: int = 0
     """Tickets that this runner evaluated."""
     failed: int = 0
@@ -78,10 +79,13 @@ class Runner:
         section = self.config.runner
         self.queue = Queue(str(self.config.queue), runner=self.name, ops=self.ops)
         self.queue.create()
-        (self.config.queue / "logs").mkdir(exist_ok=True)
+        for folder in ("logs", breaker.FOLDER, parts.FOLDER):
+            (self.config.queue / folder).mkdir(exist_ok=True)
+        self.breakers = Breakers(self.config.queue, section.breaker, self.ops)
         self._keeper = Keeper(self.queue, lease=section.lease, max_failures=section.max_attempts)
         self._swept_at = float("-inf")
         self._not_before: dict[str, float] = {}
+        self._digests: dict[str, str] = {}
 
     # ------------------------------------------------------------------ the loop
 
@@ -90,6 +94,8 @@ class Runner:
 
         True when what was finished could be shown everywhere; False when points still wait for their run.
         """
+        with contextlib.suppress(OSError):
+            scratch.sweep()
         with Lease(self.queue, self.config.runner.lease) as lease, Publisher(self.queue, self.sinks) as publisher:
             pause = IDLE_S[0]
             while not self.stopped.is_set():
@@ -133,16 +139,38 @@ class Runner:
     def _claim(self, lease: Lease) -> Token | None:
         if not lease.held_since(boottime()):
             return None     # the shared file system does not answer: take nothing that we could not hold
+        self.breakers.look()
         now = time.monotonic()
         return self.queue.claim(
             newest_first=self.config.runner.order == "newest",
-            wanted=lambda token: self._not_before.get(token.ticket, now) <= now,
+            wanted=lambda token: self._not_before.get(token.ticket, now) <= now and not self._stops(token),
         )
+
+    def _stops(self, token: Token) -> bool:
+        """Whether the ticket is of a suite that is stopped; found out without claiming it."""
+        if not self.breakers.any_open():
+            return False
+        if token.ticket not in self._digests:
+            try:
+                ticket = self.queue.ticket(token.ticket)
+            except (TicketError, OSError):
+                return False        # for whoever claims it to deal with
+            suite = self.config.suites.get(ticket.suite)
+            ours = suite is not None and suite.digest == ticket.suite_digest
+            self._digests[token.ticket] = ticket.suite_digest if ours else ""   # else it is filed again, or left
+        return self.breakers.stops(self._digests[token.ticket])
 
     def _nothing_left(self) -> bool:
         """Whether no ticket is pending that this runner may take, nor may become so by a runner that died."""
-        pending = any(self._not_before.get(t.ticket) != NEVER for t in self.queue.tokens("pending"))
+        pending = any(
+            self._not_before.get(t.ticket) != NEVER and not self._stops(t) for t in self.queue.tokens("pending")
+        )
         return not pending and not self._keeper.unsure()
+
+    def held_back(self) -> list[breaker.Open]:
+        """The suites that are stopped and have tickets waiting for this runner."""
+        waiting = {self._digests.get(t.ticket) for t in self.queue.tokens("pending") if self._stops(t)}
+        return [stopped for stopped in breaker.read(self.config.queue, self.ops) if stopped.suite_digest in waiting]
 
     # ------------------------------------------------------------------ one ticket
 
@@ -173,25 +201,25 @@ class Runner:
             self.given_back.discard(token.ticket)
             self.queue.release(token, failed=False)
             return False
-        attempt = _Attempt(ticket, token, suite, time.time())
-        if suite.digest != ticket.suite_digest:
+        attempt = Attempt(ticket, token, suite)
+        if not attempt.ours:
             self._attempt(attempt, lambda: self._refile(attempt))
             return False
-
-        def stopping() -> bool:
-            return self.stopped.is_set() or not lease.held_since(claimed_at)
-
-        self._attempt(attempt, lambda: self._evaluate(attempt, stopping))
+        self.breakers.trying(suite.digest)
+        with lease.watching(token, claimed_at) as held:
+            self._attempt(attempt, lambda: self._evaluate(attempt, lambda: self.stopped.is_set() or not held()))
         return True
 
-    def _attempt(self, attempt: _Attempt, work: Callable[[], None]) -> None:
+    def _attempt(self, attempt: Attempt, work: Callable[[], None]) -> None:
         """Do the work; whatever goes wrong, record why and never leave the ticket claimed."""
         token = attempt.token
         try:
             work()
-        except Stopped:
-            self.queue.release(token, failed=False)
-            log.warning("ticket %s: given back unfinished", token.ticket[:12])
+        except Stopped as error:
+            if self.queue.release(token, failed=False) == "lost":
+                self._lost(token)
+            else:
+                log.warning("ticket %s: given back unfinished: %s", token.ticket[:12], error)
         except AutoEvalError as error:
             self._failed(attempt, Failure(error.kind, str(error)))
         except Exception as error:
@@ -202,41 +230,27 @@ class Runner:
                 Failure("transient", f"{type(error).__name__}: {error} ({Path(where.filename).name}:{where.lineno})"),
             )
 
-    def _evaluate(self, attempt: _Attempt, stopping: Callable[[], bool]) -> None:
-        """Verify, evaluate, verify again, and commit."""
-        ticket, token = attempt.ticket, attempt.token
-        section = self.config.runner
-        checkpoint = huggingface.verify(
-            ticket, self.config.path_map, allow_pickled_weights=section.allow_pickled_weights
+    def _evaluate(self, attempt: Attempt, stopping: Callable[[], bool]) -> None:
+        """Evaluate, record, and commit."""
+        ticket, token, root = attempt.ticket, attempt.token, self.config.queue
+        result, instances = attempts.evaluate(
+            attempt, self.evaluators[attempt.suite.name], self.config, stopping, self.progress, self.ops
         )
-        evaluations: list[Evaluation] = []
-        with contextlib.ExitStack() as stack:
-            instances: list[Instance] = []
-            for i, evaluator in enumerate(self.evaluators[attempt.suite.name]):
-                kind = attempt.suite.evaluators[i]["type"]
-                work = Path(tempfile.mkdtemp(prefix=f"autoeval-{kind}-"))
-                stack.callback(shutil.rmtree, work, ignore_errors=True)
-                job = Job(
-                    path=checkpoint.path, tokenizer=checkpoint.tokenizer, name=_model_name(ticket), work_dir=work,
-                    log=self.config.queue / "logs" / f"{token.result_name}.{i}-{kind}.log",
-                    stopping=stopping,
-                    progress=self.progress.evaluation(ticket, kind),
-                )  # fmt: skip
-                outcome = evaluator.evaluate(job)
-                evaluations.append(outcome.evaluation)
-                instances.extend(outcome.instances)
-            checkpoint.unchanged()
-            result = attempt.result("ok", evaluations=tuple(evaluations))
-            store.write(self.config.queue, token.result_name, result, instances, ops=self.ops)
+        store.write(root, token.result_name, result, instances, ops=self.ops)
         if not self.queue.complete(token):
-            log.warning("ticket %s: the lease was lost; this result does not count", token.ticket[:12])
+            self._lost(token)
             return
         self.done += 1
         self._ended(token)
         self.progress.finished(result)
+        self.breakers.succeeded(attempt.suite.digest)
+        try:
+            parts.remove(root, ticket.id, self.ops)
+        except OSError as error:
+            log.warning("parts of ticket %s could not be removed: %s", ticket.id[:12], error)
         self._release_pin(ticket)
 
-    def _refile(self, attempt: _Attempt) -> None:
+    def _refile(self, attempt: Attempt) -> None:
         """The suite is defined otherwise here than when the ticket was made: file it under our definition."""
         old, token = attempt.ticket, attempt.token
         if token.generation >= REFILES:
@@ -246,7 +260,8 @@ class Runner:
             )
         fresh = tickets.new(old.manifest, old.suite, attempt.suite.digest, attempt.suite.cadence.priority, old.pin)
         self._file(fresh)
-        store.write(self.config.queue, token.result_name, attempt.result("refiled", refiled_as=fresh.id), (), ops=self.ops)
+        record = attempt.result("refiled", refiled_as=fresh.id)
+        store.write(self.config.queue, token.result_name, record, (), ops=self.ops)
         if not self.queue.complete(token):
             return
         self._ended(token)
@@ -262,13 +277,16 @@ class Runner:
             if store.read(self.config.queue / "results" / token.result_name).status == "refiled":
                 self.queue.retry(token)
 
-    def _failed(self, attempt: _Attempt, failure: Failure) -> None:
+    def _failed(self, attempt: Attempt, failure: Failure) -> None:
         """Record why, then give the ticket another try or end it."""
         token = attempt.token
         result = attempt.result("failed", failure=failure)
         with contextlib.suppress(OSError, AutoEvalError):     # a full disk must not keep the ticket from going back
             store.write(self.config.queue, token.result_name, result, (), ops=self.ops)
-        if failure.kind == "transient":
+        m = attempt.ticket.manifest
+        if attempt.ours and self.breakers.failed(attempt.suite.name, attempt.suite.digest, m.digest, failure):
+            became = self.queue.release(token, failed=False)    # the suite is to blame: the ticket waits for it
+        elif failure.kind == "transient":
             became = self._retry_later(token)
         else:
             became = "failed" if self.queue.fail(token) else "lost"
@@ -283,6 +301,15 @@ class Runner:
             self._ended(token, failed=True)
         return became
 
+    def _lost(self, token: Token) -> None:
+        """Say where a ticket went that was taken from us; what we found does not count."""
+        for t in self.queue.tokens("cancelled"):
+            if t.ticket == token.ticket:
+                self._ended(token)
+                log.warning("ticket %s: cancelled: %s", t.ticket[:12], self.queue.reason(t) or "no reason was left")
+                return
+        log.warning("ticket %s: another runner took it over; what this one found does not count", token.ticket[:12])
+
     def _ended(self, token: Token, *, failed: bool = False) -> None:
         self.failed += failed
         self.given_back.discard(token.ticket)
@@ -296,33 +323,6 @@ class Runner:
             pin.release(map_path(ticket.pin, self.config.path_map), self.ops)
         except (OSError, AutoEvalError) as error:
             log.warning("pin %s could not be freed: %s", ticket.pin, error)
-
-
-@dataclass(frozen=True)
-class _Attempt:
-    """A ticket in hand: what every record of it has in common."""
-
-    ticket: Ticket
-    token: Token
-    suite: Suite
-    started_at: float
-
-    def result(self, status: Literal["ok", "failed", "refiled"], **outcome: Any) -> Result:
-        m, ours = self.ticket.manifest, self.suite.digest == self.ticket.suite_digest
-        return Result(
-            version=VERSION, ticket=self.ticket.id, generation=self.token.generation, runner=self.token.runner,
-            status=status, suite=self.suite.name, suite_digest=self.ticket.suite_digest,
-            suite_text=self.suite.text if ours else "",     # a definition that is not here cannot be told
-            run=m.run, checkpoint=m.path, checkpoint_digest=m.digest, step=m.step, tokens=m.tokens,
-            saved_at=m.saved_at, started_at=self.started_at, finished_at=time.time(), **outcome,
-        )  # fmt: skip
-
-
-def _model_name(ticket: Ticket) -> str:
-    """Unique for the weights: no cache of any evaluator can take another checkpoint's answers for this one's."""
-    m = ticket.manifest
-    readable = re.sub(r"[^A-Za-z0-9._-]", "-", Path(m.path).name).lstrip(".-")[:80]
-    return f"{readable or 'checkpoint'}-{m.weights_digest[:16]}"
 
 
 @contextlib.contextmanager

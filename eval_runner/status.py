@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from autoeval_hooks import relay_files as files
 from autoeval_hooks.errors import TicketError
+from autoeval_hooks.fsio import FileOps
 from autoeval_hooks.queue import STATES, Queue, Token
+from autoeval_hooks.run_identity import RunIdentity
+from eval_runner import breaker
 from eval_runner.results import store
 
 
 @dataclass(frozen=True)
 class TicketStatus:
-    """One ticket. `why` says what its last failure or its quarantine was about, "" if there was none."""
+    """One ticket. `why` says what its last failure, its quarantine or its cancelling was about, "" if there was none.
+    """
 
     ticket: str
     state: str
@@ -30,55 +36,80 @@ class TicketStatus:
 
 @dataclass(frozen=True)
 class Status:
-    """`points_waiting` counts, by run, the scores that have not reached their W&B run yet."""
+    """`points_waiting` counts, by run, the scores that are not known to be in their W&B run yet, and `points_why` says
+    why, once a runner has looked ("" before); `stopped` has the suites that no runner takes tickets of, since they
+    failed on one checkpoint after the other."""
 
     queue: str
     counts: dict[str, int]
     tickets: list[TicketStatus]
     points_waiting: dict[str, int]
+    points_why: dict[str, str]
+    stopped: list[breaker.Open]
 
 
 def read(root: Path) -> Status:
     """The state of the queue at `root`. Raises OSError when there is none."""
     queue = Queue(str(root))
     tokens = list(queue.tokens())
-    attempts = _attempts(root)
+    records = attempts(root)
     counts = Counter(t.state for t in tokens)
     return Status(
         queue=str(root),
         counts={state: counts.get(state, 0) for state in STATES},
-        tickets=[_ticket(queue, t, attempts.get(t.ticket, [])) for t in tokens],
+        tickets=[_ticket(queue, t, records.get(t.ticket, [])) for t in tokens],
         points_waiting=_points_waiting(root),
+        points_why={run: _points_why(root / "relay" / run) for run in _points_waiting(root)},
+        stopped=breaker.read(root),
     )
 
 
-def _ticket(queue: Queue, token: Token, attempts: list[str]) -> TicketStatus:
-    run, suite, step = "", "", None
-    with contextlib.suppress(TicketError, OSError):
+def is_run(run: RunIdentity, name: str) -> bool:
+    """Whether a user who says `name` means this run: its name, its W&B id, our id, or its key under relay/."""
+    return bool(name) and name in (run.name, run.wandb_id, run.id, run.key)
+
+
+def _ticket(queue: Queue, token: Token, records: list[str]) -> TicketStatus:
+    run, suite, step, why = "", "", None, ""
+    try:
         ticket = queue.read(token)
         run, suite, step = ticket.manifest.run.name, ticket.suite, ticket.manifest.step
+    except FileNotFoundError:
+        pass        # it moved on
+    except (TicketError, OSError) as error:
+        why = str(error)
     return TicketStatus(
         ticket=token.ticket, state=token.state, run=run, suite=suite, step=step, generation=token.generation,
-        failures=token.failures, runner=token.runner, why=_why(queue, token, attempts),
+        failures=token.failures, runner=token.runner, why=_why(queue, token, records) or why,
     )  # fmt: skip
 
 
-def _why(queue: Queue, token: Token, attempts: list[str]) -> str:
-    if token.state == "quarantine":
+def _why(queue: Queue, token: Token, records: list[str]) -> str:
+    if token.state in ("quarantine", "cancelled"):
         return queue.reason(token)
-    if token.state == "done" or not token.failures + (token.state == "failed"):
+    if token.state == "done":
+        return store.unreadable(Path(queue.root), token)
+    if not token.failures + (token.state == "failed"):
         return ""
-    for name in sorted(attempts, key=lambda n: int(n.split("~")[1][1:]), reverse=True):
+    for name in sorted(records, key=generation, reverse=True):
         with contextlib.suppress(store.ResultError):
             failure = store.read(Path(queue.root) / "results" / name).failure
-            return failure.message if failure else ""
+            return failure.message if failure else store.UNCOMMITTED
     return f"runner {token.runner or '?'} died while it held the ticket; it left no record"
 
 
-def _attempts(root: Path) -> dict[str, list[str]]:
+_ATTEMPT = re.compile(r"[0-9a-f]{64}~g[0-9]{1,9}~[A-Za-z0-9._-]{1,100}")
+
+
+def generation(name: str) -> int:
+    """The generation of an attempt, by the name of its record."""
+    return int(name.split("~")[1][1:])
+
+
+def attempts(root: Path) -> dict[str, list[str]]:
     """Ticket → the names of its records under results/."""
     found: dict[str, list[str]] = {}
-    for name in os.listdir(root / "results"):
+    for name in filter(_ATTEMPT.fullmatch, os.listdir(root / "results")):
         found.setdefault(name.split("~")[0], []).append(name)
     return found
 
@@ -86,6 +117,12 @@ def _attempts(root: Path) -> dict[str, list[str]]:
 def _points_waiting(root: Path) -> dict[str, int]:
     counts = {}
     for run in sorted((root / "relay").glob("*/points")):
-        if waiting := len(list(run.glob("*.json"))):
+        if waiting := sum(len(files.waiting(str(run.parent), stage)) for stage in ("points", "taken")):
             counts[run.parent.name] = waiting
     return counts
+
+
+def _points_why(directory: Path) -> str:
+    with contextlib.suppress(OSError):
+        return FileOps().read(str(directory / "why"), 10_000).decode(errors="replace")
+    return ""

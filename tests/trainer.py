@@ -9,6 +9,9 @@ from typing import Any
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainerCallback, TrainingArguments
 
+from autoeval_hooks.queue import Queue
+from autoeval_hooks.ticket import Ticket
+
 VOCABULARY = 64
 
 
@@ -25,17 +28,29 @@ class Tokens(torch.utils.data.Dataset[dict[str, torch.Tensor]]):
         return {"input_ids": self.rows[i], "labels": self.rows[i]}
 
 
-def trainer(output_dir: Path, *callbacks: TrainerCallback, steps: int = 6, **arguments: Any) -> Trainer:
-    """A Trainer that saves every second step."""
+def trainer(
+    output_dir: Path, *callbacks: TrainerCallback, steps: int = 6, width: int = 16, **arguments: Any
+) -> Trainer:
+    """A Trainer that saves every second step. With a `width` of 600 the weights are so large that a pin links them."""
     torch.manual_seed(0)
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_positions=16, n_embd=16, n_layer=1, n_head=2))
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_positions=16, n_embd=width, n_layer=1, n_head=2))
     settings: dict[str, Any] = {
         "output_dir": str(output_dir), "max_steps": steps, "save_steps": 2, "logging_steps": 1, "report_to": "none",
         "per_device_train_batch_size": 4, "disable_tqdm": True, "use_cpu": True, "seed": 0, "learning_rate": 1e-2,
     }  # fmt: skip
     return Trainer(
-        model=model, args=TrainingArguments(**settings | arguments), train_dataset=Tokens(), callbacks=[*callbacks]
-    )
+        model=model, args=TrainingArguments(**settings | arguments), train_dataset=Tokens(), eval_dataset=Tokens(),
+        callbacks=[*callbacks],
+    )  # fmt: skip
+
+
+def handed_over(queue_root: Path, *states: str) -> dict[tuple[str, int], Ticket]:
+    """(suite, step) → the ticket, of the tickets in these states (pending by default)."""
+    queue = Queue(str(queue_root))
+    found = [queue.read(token) for token in queue.tokens(*(states or ("pending",)))]
+    out = {(t.suite, t.manifest.step): t for t in found}
+    assert len(out) == len(found), "a checkpoint was handed over twice"
+    return out
 
 
 def weights_digest(trained: Trainer) -> str:

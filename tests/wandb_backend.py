@@ -71,7 +71,8 @@ class Backend:
     """The stand-in service; use `backend()`. `runs` maps "entity/project/id" to a Run.
 
     While `hang` is clear, requests are not answered until it is set again. While `loses_rows` is true, rows are
-    acknowledged and dropped.
+    acknowledged and dropped. While `refuses` is a status, such as 500, every request gets that. Between `go_away` and
+    `come_back` nobody listens. `asked` counts requests.
     """
 
     def __init__(self) -> None:
@@ -80,9 +81,23 @@ class Backend:
         self.loses_rows = False
         self.hang = threading.Event()
         self.hang.set()
+        self.refuses = 0
+        self.asked = 0
         self.lock = threading.RLock()
-        self.server = _Server(("127.0.0.1", 0), _handler(self))
-        self.url = f"http://127.0.0.1:{self.server.server_address[1]}"
+        self.port = 0
+        self.come_back()
+        self.url = f"http://127.0.0.1:{self.port}"
+
+    def come_back(self) -> None:
+        self.server = _Server(("127.0.0.1", self.port), _handler(self))
+        self.port = self.server.server_address[1]
+        self.thread = threading.Thread(target=self.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
+        self.thread.start()
+
+    def go_away(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+        self.thread.join()
 
     def run(self, project: str, name: str, entity: str = ENTITY) -> Run:
         return self.runs[f"{entity}/{project}/{name}"]
@@ -244,7 +259,11 @@ def _handler(b: Backend) -> type[BaseHTTPRequestHandler]:
 
         def do_POST(self) -> None:
             body = self.body()
+            b.asked += 1
             b.hang.wait()
+            if b.refuses:
+                self.answer(b.refuses, {"errors": [{"message": f"the stand-in says {b.refuses}"}]})
+                return
             path = [unquote(part) for part in urlsplit(self.path).path.strip("/").split("/")]
             if path == ["graphql"]:
                 self.graphql(json.loads(body))
@@ -285,15 +304,11 @@ def _operation(query: str) -> str:
 def backend() -> Iterator[Backend]:
     """A running stand-in; it is gone when the block ends."""
     b = Backend()
-    thread = threading.Thread(target=b.server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True)
-    thread.start()
     try:
         yield b
     finally:
         b.hang.set()
-        b.server.shutdown()
-        b.server.server_close()
-        thread.join()
+        b.go_away()
 
 
 def environment(directory: Path, mode: str, url: str = "http://127.0.0.1:9") -> dict[str, str]:

@@ -15,7 +15,7 @@ from transformers import TrainerCallback
 from autoeval_hooks import relay as relays
 from autoeval_hooks.run_identity import current
 from tests.trainer import trainer, weights_digest
-from tests.wandb_trainer import drop, point, wait_for
+from tests.wandb_trainer import drop, logged, wait_for
 
 
 class ByRelay(TrainerCallback):
@@ -49,5 +49,5 @@ if __name__ == "__main__":
     trained.train()
     if relay:
         drop(callbacks[0].directory, [6])
-        wait_for(lambda: (callbacks[0].directory / "logged" / f"{point(6).ticket}.json").exists())
+        wait_for(lambda: logged(callbacks[0].directory, 6))
     print(weights_digest(trained))

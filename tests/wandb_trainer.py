@@ -7,6 +7,7 @@ points that are dropped there. At the end it prints a JSON object.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -36,24 +37,37 @@ class Spec:
     points: dict[str, list[int]] = field(default_factory=dict)
     end: bool = True
     leave: str = "exit"
-    """``exit``, ``finish``, ``kill`` (SIGKILL)."""
+    """``exit``, ``finish``, ``kill`` (SIGKILL), ``crash`` (SIGKILL, with W&B's own process)."""
     grace: float = 0.05
+    send_every: int = 1
+    """Seconds."""
     linger: float = 0.0
     """Seconds before the kill: W&B sends and writes every second here, and what it has not sent or written is lost."""
 
 
 def point(step: int) -> files.Point:
     """The point of a checkpoint of this step; its ticket is a digest-like name."""
-    metrics = {"bench/s/arc/acc": step / 1000, "bench/s/arc/acc/n": 100.0, "bench/lag_s": step + 0.123456789}
+    seconds = step + 0.123456789
+    scores = {"bench/s/arc/acc": step / 1000, "bench/s/arc/acc/n": 100.0}
+    metrics = {**scores, "bench/lag_s": seconds, "bench/eval_s": seconds}
     return files.Point(files.VERSION, f"{step:064x}", step, step / 8, metrics)
 
 
 def drop(directory: Path, steps: list[int]) -> None:
+    """As a runner gives points."""
+    (directory / "given").mkdir(exist_ok=True)
     for step in steps:
         p = point(step)
         tmp = directory / "points" / f".{p.ticket}"
         tmp.write_bytes(files.encode(p))
+        (directory / "given" / p.ticket).unlink(missing_ok=True)
+        os.link(tmp, directory / "given" / p.ticket)
         os.rename(tmp, directory / "points" / f"{p.ticket}.json")
+
+
+def logged(directory: Path, step: int) -> bool:
+    """Whether the point of this step was delivered."""
+    return any(files.ticket_of(name) == point(step).ticket for name in files.waiting(str(directory), "logged"))
 
 
 def wait_for(condition: object, seconds: float = 10.0) -> None:
@@ -64,11 +78,21 @@ def wait_for(condition: object, seconds: float = 10.0) -> None:
         time.sleep(0.01)
 
 
+def children(parent: int) -> list[int]:
+    """The processes that `parent` started."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            if int(stat.read_text().rpartition(")")[2].split()[1]) == parent:
+                found.append(int(stat.parent.name))
+    return found
+
+
 def main(spec: Spec) -> None:
     relays.POLL_S, relays.BEAT_S, relays.GRACE_S = 0.01, 0.05, spec.grace
     run = wandb.init(
         project="p", id="r1", name="the training", group="g", config={"lr": 1}, resume=spec.resume,
-        settings=wandb.Settings(x_file_stream_transmit_interval=1, x_transaction_log_flush_interval=1),
+        settings=wandb.Settings(x_file_stream_transmit_interval=spec.send_every, x_transaction_log_flush_interval=1),
     )  # fmt: skip
     if not spec.by_step:
         run.define_metric("train/global_step")
@@ -99,10 +123,13 @@ def main(spec: Spec) -> None:
         relay.end(last)
     if late := spec.points.get("after", []):
         drop(directory, late)
-        wait_for(lambda: all((directory / "logged" / f"{point(step).ticket}.json").exists() for step in late))
+        wait_for(lambda: all(logged(directory, step) for step in late))
     print(json.dumps({"costs": costs, "key": identity.key, "mode": identity.wandb_mode}), flush=True)
-    if spec.leave == "kill":
+    if spec.leave in ("kill", "crash"):
         time.sleep(spec.linger)
+        if spec.leave == "crash":
+            for child in children(os.getpid()):
+                os.kill(child, signal.SIGKILL)
         os.kill(os.getpid(), signal.SIGKILL)
     if spec.leave == "finish":
         run.finish()

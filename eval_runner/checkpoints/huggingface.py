@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +12,9 @@ from autoeval_hooks import manifest as manifests
 from autoeval_hooks.config import map_path
 from autoeval_hooks.errors import CheckpointError
 from autoeval_hooks.ticket import Ticket
+from eval_runner.checkpoints import trust
+
+log = logging.getLogger("autoeval")
 
 
 @dataclass(frozen=True)
@@ -27,21 +32,40 @@ class Servable:
                 raise CheckpointError(f"{self.path / name}: changed while it was evaluated; nothing is published")
 
 
-def verify(ticket: Ticket, path_map: dict[str, str], *, allow_pickled_weights: bool) -> Servable:
-    """Find the ticket's checkpoint, its pin first, and check every file of the manifest.
+def verify(
+    ticket: Ticket, path_map: dict[str, str], *, allow_pickled_weights: bool, trust_remote_code: bool
+) -> Servable:
+    """Find the ticket's checkpoint and check every file of the manifest: in its pin first, then, where that is lost,
+    in the checkpoint itself while it lives.
 
-    Raises CheckpointError when it is gone, incomplete, changed, pickled without leave, or has no tokenizer.
+    Raises CheckpointError when it is gone, incomplete or changed, has no tokenizer, or when loading it would run code
+    without leave.
     """
     m = ticket.manifest
-    path = Path(map_path(ticket.pin or m.path, path_map))
+    places = [Path(map_path(place, path_map)) for place in (ticket.pin, m.path) if place]
+    path, seen = places[0], {}
+    try:
+        seen = _checked(ticket, path)
+    except CheckpointError as error:
+        path = places[-1]
+        with contextlib.suppress(CheckpointError):
+            seen = _checked(ticket, path) if ticket.pin else {}
+        if not seen:
+            raise
+        log.warning("%s; the checkpoint itself is as it was, and is evaluated: %s", error, path)
+    tokenizer = _tokenizer(ticket, path, path_map)
+    trust.check_weights(path, m, pickles=allow_pickled_weights)
+    for directory in {path, tokenizer}:
+        trust.check_code(directory, allowed=trust_remote_code)
+    return Servable(path, tokenizer, seen)
+
+
+def _checked(ticket: Ticket, path: Path) -> dict[str, tuple[int, int, int]]:
+    """What the files in the directory `path` look like, each of which is what the manifest says."""
+    m = ticket.manifest
     if not path.is_dir():
         gone = "its pin is gone" if ticket.pin else "it was not pinned and is gone (deleted by retention?)"
         raise CheckpointError(f"{path}: {gone}; if the host names it otherwise, add it to `path_map`")
-    if m.pickled and not allow_pickled_weights:
-        raise CheckpointError(
-            f"{path / m.pickled[0]}: pickled weights can run code when loaded; save safetensors, "
-            "or set `runner.allow_pickled_weights: true`"
-        )
     added = set(manifests.model_files(str(path))) - {f.path for f in m.files}
     if added:
         raise CheckpointError(f"{path / min(added)}: came after the manifest was taken; submit the checkpoint again")
@@ -53,7 +77,7 @@ def verify(ticket: Ticket, path_map: dict[str, str], *, allow_pickled_weights: b
             what = "size" if found.size != expected.size else "time" if found.digest == expected.digest else "content"
             raise CheckpointError(f"{path / expected.path}: its {what} is not that of the manifest; it was rewritten")
         seen[expected.path] = before
-    return Servable(path, _tokenizer(ticket, path, path_map), seen)
+    return seen
 
 
 def _tokenizer(ticket: Ticket, path: Path, path_map: dict[str, str]) -> Path:

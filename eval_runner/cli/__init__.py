@@ -11,12 +11,18 @@ import click
 
 from autoeval_hooks import __version__
 from autoeval_hooks.errors import AutoEvalError
+from eval_runner import secrets
+from eval_runner.cli.cancel import cancel
 from eval_runner.cli.close import close
+from eval_runner.cli.doctor import doctor
 from eval_runner.cli.env import env
+from eval_runner.cli.explain import explain
+from eval_runner.cli.gc import gc
 from eval_runner.cli.report import report
 from eval_runner.cli.retry import retry
 from eval_runner.cli.run import run
 from eval_runner.cli.status import status
+from eval_runner.cli.sync import sync
 from eval_runner.cli.validate import validate
 
 USAGE, LATER = 2, 75
@@ -28,7 +34,7 @@ def cli() -> None:
     """Evaluate every checkpoint that training hands over, and show its scores in the run that trained it."""
 
 
-for command in (run, status, retry, close, report, validate, env):
+for command in (run, status, explain, doctor, sync, retry, cancel, close, report, validate, env, gc):
     cli.add_command(command)
 
 
@@ -37,7 +43,7 @@ def main() -> None:
     try:
         cli()
     except AutoEvalError as error:
-        click.echo(f"error: {error}", err=True)
+        click.echo(secrets.masked(f"error: {error}"), err=True)
         sys.exit(LATER if error.kind == "transient" else USAGE)
     except OSError as error:
         click.echo(f"error: {error}; try again when the file system answers", err=True)

@@ -13,6 +13,12 @@ config_option = click.option(
 )
 
 
+def printable(text: str) -> str:
+    """Text of others for a terminal: characters that would move its cursor or change its settings are shown as such,
+    as are those that reverse the direction of writing."""
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+
+
 def existing_queue(root: Path) -> Path:
     """The queue's directory, if there is a queue in it. Raises QueueError."""
     if not (root / "pending").is_dir():

@@ -38,8 +38,13 @@ def run(config_file: str, mode: Mode | None, verbose: bool) -> None:
         runner = Runner(config, evaluators, named, progress, name, stopped)
         with stopped_by_signals(runner):
             settled = runner.run(mode or "forever")
+    waiting = runner.held_back() if mode else []
+    for one in waiting:
+        click.echo(f"tickets wait for suite {one.suite}, which is stopped: see `autoeval-runner status`", err=True)
     if runner.failed:
         sys.exit(FAILED)
+    if waiting:
+        sys.exit(LATER)
     if runner.given_back and mode:
         click.echo(f"{len(runner.given_back)} ticket(s) were given back unfinished", err=True)
         sys.exit(LATER)

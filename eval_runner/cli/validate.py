@@ -14,7 +14,7 @@ import yaml
 
 from autoeval_hooks import yamlfile
 from autoeval_hooks.errors import ConfigError
-from eval_runner import registry
+from eval_runner import registry, secrets
 from eval_runner.cli.options import config_option
 from eval_runner.config import Config, load, schema
 from eval_runner.config.loader import effective
@@ -38,7 +38,7 @@ def validate(config_file: str, only_schema: bool) -> None:
         click.echo(str(error), err=True)
         sys.exit(2)
     if errors := check(config):
-        click.echo("\n".join(errors), err=True)
+        click.echo(secrets.masked("\n".join(errors)), err=True)
         sys.exit(2)
     click.echo(dump(effective(config)), nl=False)
 

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from autoeval_hooks import config as shared
 from autoeval_hooks import strict, yamlfile
+from eval_runner import secrets
 from eval_runner.config.models import Config, File, RunnerSection, Suite, SuiteEntry
 
 _WORDS = {
@@ -38,6 +39,7 @@ def load(path: str | os.PathLike[str]) -> Config:
     name = os.fspath(path)
     text = yamlfile.read_text(path)
     raw = shared.merged(yamlfile.parse_yaml(text, name), {})
+    secrets.learn(raw)
     errors = shared.check_keys(raw)
     for suite_name, suite in _mapping(raw.get("suites")).items():
         errors += shared.check_suite(f"suites.{suite_name}", suite_name, suite)

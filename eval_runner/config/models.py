@@ -23,10 +23,16 @@ class RunnerSection(_Model):
 
     order: Literal["newest", "oldest"] = "newest"
     max_attempts: Annotated[int, Range(1)] = 3
-    lease: Annotated[float, Range(0, above=True)] = 60.0
+    lease: Annotated[float, Range(1)] = 60.0
     """Seconds without a sign of life after which others may take a ticket over."""
+    timeout: Annotated[float, Range(0, above=True)] = 86400.0
+    """Seconds that one evaluator may take for one checkpoint."""
+    breaker: Annotated[int, Range(1)] = 3
+    """A suite that failed on so many checkpoints in a row is stopped, and its tickets wait."""
     allow_pickled_weights: bool = False
     """Whether weights that are pickles, which can run code when loaded, are evaluated."""
+    trust_remote_code: bool = False
+    """Whether a checkpoint's own code (`auto_map`), which loading it runs, is run."""
 
 
 class Entry(_Model):

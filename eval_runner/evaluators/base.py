@@ -2,32 +2,15 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
+from autoeval_hooks.errors import AutoEvalError
+from eval_runner import process
 from eval_runner.results.schema import Evaluation, Instance
-
-
-@dataclass(frozen=True)
-class Job:
-    """One checkpoint to evaluate.
-
-    `path` is a verified directory in Hugging Face layout, `tokenizer` likewise; `name` is unique for
-    these weights (it holds their digest), so that no cache of any evaluator can mistake them.
-    `work_dir` is empty, private to this attempt, and kept beside the result as long as `keep_work` says.
-    `stopping` is true once the evaluation must end (the lease was lost, the runner stops).
-    `progress` is called with a fraction from 0 to 1 and what is being done.
-    """
-
-    path: Path
-    tokenizer: Path
-    name: str
-    work_dir: Path
-    log: Path
-    stopping: Callable[[], bool] = lambda: False
-    progress: Callable[[float, str], None] = lambda fraction, what: None
 
 
 @dataclass(frozen=True)
@@ -36,6 +19,72 @@ class Outcome:
 
     evaluation: Evaluation
     instances: Iterable[Instance] = field(default=())
+
+
+class Parts:
+    """Parts of an evaluation that outlive an attempt which is cut short. This one keeps nothing.
+
+    `key` is text that says all which makes the answer what it is, beyond the checkpoint and the evaluator's place
+    in the suite: what is asked, the programs' versions, the data's digests, the settings.
+    """
+
+    def get(self, key: str) -> Outcome | None:
+        """A part that an earlier attempt at the same ticket finished."""
+        return None
+
+    def put(self, key: str, outcome: Outcome) -> None:
+        """Keep a part. Raises CheckpointError where the checkpoint was changed since it was verified."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How long a program may take, in seconds: `timeout` in all, `grace` to end by itself once it is told to,
+    `silence` when its runner stands still."""
+
+    timeout: float | None = None
+    grace: float = process.GRACE_S
+    silence: float = process.SILENCE_S
+
+
+@dataclass(frozen=True)
+class Job:
+    """One checkpoint to evaluate.
+
+    `path` is a verified directory in Hugging Face layout, `tokenizer` likewise; `name` is unique for
+    these weights (it holds their digest), so that no cache of any evaluator can mistake them.
+    `work_dir` is empty, private to this attempt, and removed after it.
+    `trust_remote_code` says whether code that the checkpoint brings may run; without it none does.
+    `stopping` is true once the evaluation must end (the lease was lost, the ticket cancelled, the runner stops).
+    `progress` is called with a fraction from 0 to 1 and what is being done.
+    `finished` keeps the parts of the evaluation for another attempt, should this one be cut short.
+    """
+
+    path: Path
+    tokenizer: Path
+    name: str
+    work_dir: Path
+    log: Path
+    trust_remote_code: bool = False
+    stopping: Callable[[], bool] = lambda: False
+    progress: Callable[[float, str], None] = lambda fraction, what: None
+    finished: Parts = field(default_factory=Parts)
+    limits: Limits = field(default_factory=Limits)
+    _started: float = field(default_factory=time.monotonic, init=False)
+
+    def run(self, argv: list[str], *, env: dict[str, str] | None, on_tick: Callable[[], None] | None = None) -> int:
+        """`process.run` in `work_dir`, within the limits; what `limits.timeout` allows is for all runs of the job."""
+        timeout = self.limits.timeout
+        left = None if timeout is None else max(0.0, timeout - (time.monotonic() - self._started))
+        try:
+            return process.run(
+                argv, log=self.log, env=env, cwd=self.work_dir, stopping=self.stopping, timeout=left,
+                grace=self.limits.grace, silence=self.limits.silence, on_tick=on_tick,
+            )  # fmt: skip
+        except process.TimedOut as error:
+            raise AutoEvalError(
+                f"not done after {timeout:g} s, so it was ended: does it hang? See its log, or raise `runner.timeout`; "
+                f"log: {self.log}"
+            ) from error
 
 
 class Evaluator(Protocol):

@@ -26,12 +26,19 @@ from autoeval_hooks import fsio, strict
 from autoeval_hooks.errors import AutoEvalError, CheckpointError, ConfigError, QueueError, TicketError
 from autoeval_hooks.fsio import FileOps
 from autoeval_hooks.queue import Queue, Token
+from eval_runner import secrets
 from eval_runner.results.schema import VERSION, Failure, Instance, Result, Score
 
 RECORD = "result.json"
 INSTANCES = "instances.jsonl.gz"
 MAX_RECORD_BYTES = 16 << 20
 MAX_LINE_BYTES = 1 << 20
+MAX_INSTANCES_BYTES = 1 << 30
+"""Unpacked: some ten million values. A few kilobytes of gzip can stand for gigabytes."""
+
+
+UNCOMMITTED = "it was evaluated, and the file system failed before the result was committed"
+"""Why a ticket failed whose last attempt left scores."""
 
 
 class ResultError(AutoEvalError, ValueError):
@@ -44,9 +51,10 @@ class ResultError(AutoEvalError, ValueError):
 
 
 def write(
-    queue_root: Path, name: str, result: Result, instances: Iterable[Instance], *, ops: FileOps | None = None
-) -> Path:
-    """Publish a result durably as `results/<name>` and return that path.
+    queue_root: Path, name: str, result: Result, instances: Iterable[Instance], *, ops: FileOps | None = None,
+    folder: str = "results",
+) -> Path:  # fmt: skip
+    """Publish a result durably as `results/<name>` and return that path; `folder` is another of the queue's.
 
     Raises CheckpointError for a score that is no number, ConfigError for one that two evaluators give, ValueError
     for a record that contradicts itself, QueueError when `name` is there already, and OSError when the file
@@ -55,19 +63,17 @@ def write(
     ops = ops or FileOps()
     record, lines = _dump(result), _dump_instances(instances)
     tmp = str(queue_root / "tmp" / f"result-{name}~{fsio.unique()}")
-    final = queue_root / "results" / name
-    ops.mkdir(tmp)
+    final = queue_root / folder / name
+    with contextlib.suppress(FileExistsError):      # the name is ours alone: done, and the reply was lost
+        ops.mkdir(tmp)
     try:
         fsio.write_new(ops, os.path.join(tmp, RECORD), record)
         fsio.write_new(ops, os.path.join(tmp, INSTANCES), lines)
         ops.sync_dir(tmp)
         _publish(ops, tmp, str(final))
     except BaseException:
-        for file in (RECORD, INSTANCES):
-            with contextlib.suppress(OSError):
-                ops.unlink(os.path.join(tmp, file))
         with contextlib.suppress(OSError):
-            os.rmdir(tmp)
+            fsio.remove_flat(ops, tmp)
         raise
     ops.sync_dir(str(final.parent))
     return final
@@ -87,7 +93,8 @@ def _dump(result: Result) -> bytes:
     """The record's text, checked by reading it back: what is published can be read."""
     _check_scores(result)
     if result.failure is not None:
-        clean = replace(result.failure, message=_plain(result.failure.message), log=_plain(result.failure.log))
+        message = secrets.masked(_plain(result.failure.message))
+        clean = replace(result.failure, message=message, log=_plain(result.failure.log))
         result = replace(result, failure=clean)
     text = json.dumps(asdict(result), allow_nan=False, indent=1).encode() + b"\n"
     _load(text, f"result of ticket {result.ticket}")
@@ -137,11 +144,11 @@ def _title(s: Score | Instance) -> str:
 # ---------------------------------------------------------------------- reading
 
 
-def read(path: Path) -> Result:
+def read(path: Path, ops: FileOps | None = None) -> Result:
     """The record of the result directory `path`. Raises ResultError that names the file."""
     file = path / RECORD
     try:
-        text = FileOps().read(str(file), MAX_RECORD_BYTES)
+        text = (ops or FileOps()).read(str(file), MAX_RECORD_BYTES)
     except OSError as error:
         raise ResultError(f"{file}: cannot be read ({error.strerror}); `retry` its ticket to evaluate again") from error
     return _load(text, str(file))
@@ -184,13 +191,17 @@ def path_of(queue_root: Path, result: Result) -> Path:
 def instances(path: Path) -> Iterator[Instance]:
     """The per-instance values of the result directory `path`. Raises ResultError that names the file and line."""
     file = path / INSTANCES
-    number = 0
+    number = size = 0
     try:
-        if os.path.getsize(file) == 0:     # which gzip takes for a file that holds nothing
-            raise EOFError("it is empty")
-        with gzip.open(file, "rb") as lines:
+        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        with open(fd, "rb") as packed, gzip.open(packed, "rb") as lines:
+            if os.fstat(fd).st_size == 0:       # which gzip takes for a file that holds nothing
+                raise EOFError("it is empty")
             while line := lines.readline(MAX_LINE_BYTES):
                 number += 1
+                size += len(line)
+                if size > MAX_INSTANCES_BYTES:
+                    raise EOFError(f"it holds more than {MAX_INSTANCES_BYTES >> 20} MiB")
                 yield _instance(line, f"{file}: line {number}")
     except (OSError, EOFError, zlib.error) as error:
         raise ResultError(f"{file}: cannot be read after line {number} ({error}); it is torn or missing") from error
@@ -203,7 +214,7 @@ def _instance(line: bytes, where: str) -> Instance:
     """As `strict.parse` would, at a tenth of its time: a report reads hundreds of thousands of these."""
     try:
         data = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ResultError(f"{where}: not valid JSON ({error})") from error
     fits = isinstance(data, dict) and {k: type(v) for k, v in data.items()} == _FIELDS
     if not fits or not math.isfinite(data["value"]):
@@ -261,6 +272,15 @@ def done(queue_root: Path) -> tuple[list[Result], list[str]]:
     return results, problems
 
 
+def unreadable(queue_root: Path, token: Token) -> str:
+    """Why the result of a finished ticket cannot be read: a disk or a power cut took it. "" where it can."""
+    try:
+        _of(queue_root, token)
+    except ResultError as error:
+        return str(error)
+    return ""
+
+
 def _tokens(queue_root: Path, *states: str) -> Iterator[Token]:
     try:
         yield from Queue(str(queue_root), runner="reader").tokens(*states)
@@ -284,7 +304,7 @@ def _failed(queue_root: Path, token: Token) -> FailedTicket | None:
         return FailedTicket(token.ticket, token.state, attempts, failure)
     with contextlib.suppress(ResultError):
         r = _of(queue_root, token)
-        failure = r.failure or Failure("transient", "the last attempt's record names no failure")
+        failure = r.failure or Failure("transient", UNCOMMITTED)
         return FailedTicket(
             token.ticket, token.state, attempts, failure, r.run.name or r.run.id, r.suite, r.step, r.checkpoint
         )

@@ -2,32 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Literal, Protocol
 
 from autoeval_hooks.fsio import FileOps
+from autoeval_hooks.relay_files import VERSION, Point
 from eval_runner.results.schema import Result
 
 
-@dataclass(frozen=True)
-class Point:
-    """What a tracker is given for one result: numbers by metric name, and where they stand.
-
-    `metrics` has ``bench/<suite>/<benchmark>/<metric>`` and, with it, ``…/stderr`` and ``…/n``, and
-    ``bench/lag_s`` and ``bench/eval_s``; `step` goes to ``bench/step``, `tokens` (in billions, None if
-    unknown) to ``bench/tokens``.
-    """
-
-    ticket: str
-    step: int
-    tokens: float | None
-    metrics: dict[str, float]
-
-
 def point(result: Result) -> Point:
-    """The point of an ok result. Where a benchmark has the same metric on two splits, the split joins the name."""
+    """What a tracker is given for one ok result: ``bench/<suite>/<benchmark>/<metric>`` and, with it, ``…/stderr`` and
+    ``…/n``; ``bench/lag_s`` and ``bench/eval_s`` in seconds. Where a benchmark has the same metric on two splits, the
+    split joins the name."""
     names: dict[str, list[str]] = {}
     for s in result.scores:
         names.setdefault(f"{s.benchmark}/{s.metric}", []).append(s.split)
@@ -44,7 +32,7 @@ def point(result: Result) -> Point:
     metrics["bench/lag_s"] = result.lag_s
     metrics["bench/eval_s"] = result.eval_s
     tokens = None if result.tokens is None else result.tokens / 1e9
-    return Point(ticket=result.ticket, step=result.step, tokens=tokens, metrics=metrics)
+    return Point(VERSION, ticket=result.ticket, step=result.step, tokens=tokens, metrics=metrics)
 
 
 @dataclass(frozen=True)
@@ -67,6 +55,25 @@ class Context:
     """True once the runner must end: `flush` then returns soon."""
 
 
+State = Literal["shown", "waiting", "missing", "different", "twice", "unknown", "unclear"]
+"""How one result stands in a tracker: there once, with the same values; taken, and on its way; not there; there with
+other values; there more than once. ``unknown`` is something there that no result accounts for, ``unclear`` what could
+not be looked at."""
+
+
+@dataclass(frozen=True)
+class Standing:
+    """How one result stands in a tracker. `says` is why, or what is to be done. `ticket` and `suite` are "" where
+    `state` is ``unknown``."""
+
+    run: str
+    suite: str
+    step: int
+    ticket: str
+    state: State
+    says: str = ""
+
+
 class Sink(Protocol):
     """Built once: `__init__(self, settings: dict, context: Context)` raises ConfigError that names the key.
 
@@ -77,3 +84,9 @@ class Sink(Protocol):
 
     def flush(self) -> bool:
         """Move on whatever can be moved on now. True when nothing of what was taken waits any longer."""
+
+    def compare(self, results: Sequence[Result], *, repair: bool) -> list[Standing]:
+        """How each of these ok results stands in the tracker, and what else is there; `results` are all of their runs.
+
+        With `repair`, what is missing is taken again, for `flush` to bring; nothing in the tracker is ever changed or
+        removed. A tracker that cannot be looked at gives ``unclear``, not an error. May take minutes."""

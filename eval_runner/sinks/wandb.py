@@ -1,105 +1,51 @@
 """The W&B sink: scores into the W&B run that trained the checkpoint, late and out of order, no training row touched.
 
-Each result becomes a file in the run's directory (autoeval_hooks.relay_files). While the training process is
-alive, its own writer logs them (autoeval_hooks.relay). Once it is gone `TABLE` says who does:
-this runner as the run's only writer (wandb_writer, in a child process), or nobody yet. W&B's row counter moves on with
-each row, so a run whose trainer logs with `step=` (Megatron) is written to only when it is over for good.
+Each result becomes a file in the run's directory (autoeval_hooks.relay_files). `wandb_cases` says who logs it:
+the training process, this runner, or nobody yet. It is logged once:
 
-What a runner holds that was killed while it logged is given back. If training has resumed by then, its relay logs
-these points without a look at the run's rows: one that the dead runner had already logged then stands there twice.
+- A point stands in points/ while nobody can have logged it. Whoever logs takes it first (taken/), under a name of his.
+- What is left in taken/ by one who is gone may be in the run or not. It is looked for (wandb_reader): what is there
+  moves on to logged/, what is not goes back to points/. If nothing can be looked at, it waits, and says so.
+- Once a training process is gone, what it had put in logged/ is looked for too: it knows only that W&B had time.
+
+What W&B itself cannot tell is left: a row that the service shows later than `PAUSE_S` after it was sent would be logged
+again, and so would a row that a suspended process sends after all. All this was measured against a stand-in for the
+service, since the service itself is not reachable where the tests run: its delay between taking a row and showing it
+is not known. W&B's shared mode is not used; a run whose trainer uses it is treated as any other.
 """
 
 from __future__ import annotations
 
 import contextlib
-import glob
 import logging
 import os
-import sys
-import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any
 
 from autoeval_hooks import fsio, strict
 from autoeval_hooks import relay_files as files
-from autoeval_hooks.config import map_path
 from autoeval_hooks.errors import AutoEvalError, ConfigError, TicketError
 from autoeval_hooks.run_identity import RunIdentity
 from eval_runner import process
 from eval_runner.results.schema import Result
-from eval_runner.sinks.base import Context, point
-from eval_runner.sinks.wandb_writer import BUSY, DONE, Request, heartbeat
+from eval_runner.sinks import wandb_sync
+from eval_runner.sinks.base import Context, Standing, point
+from eval_runner.sinks.wandb_cases import Seen, Watch, audited, names, unseen
+from eval_runner.sinks.wandb_children import OFFLINE, Children, NotNow, Settings
+from eval_runner.sinks.wandb_reader import holds, keys
+from eval_runner.sinks.wandb_writer import heartbeat
 
 log = logging.getLogger("autoeval")
-T = TypeVar("T")
 
-WRITER_TIMEOUT_S = 300.0
 PAUSE_S, LONGEST_PAUSE_S = 30.0, 600.0
-"""Between two tries of the writer for one run. Longer than W&B's own processes outlive a killed one (2 s)."""
-_KEPT = {
-    *("WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR"),
-    *("WANDB_HTTP_TIMEOUT", "WANDB_INIT_TIMEOUT", "WANDB_ERROR_REPORTING", "WANDB_IDENTITY_TOKEN_FILE"),
-    *("WANDB_CREDENTIALS_FILE", "WANDB_X_PROXIES", "WANDB_X_EXTRA_HTTP_HEADERS"),
-}
-"""W&B's variables of this process that the writer gets too. The others describe some run, and not this one."""
-
-Hook = Literal["none", "alive", "unclear", "gone"]
-Way = Literal["relay", "wait", "write", "companion"]
-
-
-@dataclass(frozen=True)
-class Case:
-    """A row of `TABLE`; None fits anything. `free`: a row of ours takes no step of the trainer's, since it does
-    not log by step or ended at its planned last step. `closed`: the user says the run is over."""
-
-    hook: Hook
-    closed: bool | None
-    free: bool | None
-    late: str | None
-    way: Way
-    why: str
-
-
-TABLE = (
-    Case("alive", None, None, None, "relay", "the training process is alive and logs them"),
-    Case("unclear", None, None, None, "wait", "watching whether the training process is alive"),
-    Case("gone", None, True, None, "write", "the training process is gone"),
-    Case("gone", True, None, None, "write", "the run is closed"),
-    Case("gone", None, None, "companion", "companion", "the training process is gone and may come back"),
-    Case("gone", None, None, "wait", "wait", "training may resume, and its next step must be free; if it will not: "
-         "`autoeval-runner close RUN`"),
-    Case("none", True, None, None, "write", "the run is closed"),
-    Case("none", None, None, "companion", "companion", "whether the run has a writer is unknown"),
-    Case("none", None, None, "wait", "wait", "no training process has shown itself, so the run may have a writer; "
-         "if it has none any more: `autoeval-runner close RUN`"),
-)  # fmt: skip
-"""Who logs the waiting points of a run: the first row that fits."""
-
-
-def decide(hook: Hook, *, closed: bool, free: bool, late: str) -> Case:
-    """The row of `TABLE` for this case."""
-    return next(
-        c for c in TABLE
-        if c.hook == hook and c.closed in (None, closed) and c.free in (None, free) and c.late in (None, late)
-    )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Settings:
-    """The keys of the sink's entry. `dir` takes offline runs whose own directory cannot be reached from here;
-    the key goes to `base_url`, or where W&B's own settings say."""
-
-    late: Literal["wait", "companion"] = "wait"
-    dir: str = ""
-    base_url: str = ""
-    api_key_env: str = ""
-
-
+"""Between two tries for one run. Longer than W&B's own processes outlive a killed one (2 s)."""
+TURN_S = 20.0
+"""After so long, a `flush` starts nothing more: results wait to be taken meanwhile, and other runs have their turn."""
 @dataclass(frozen=True)
 class Waiting:
-    """Points of one run that are not in W&B yet: its key, how many, and why."""
+    """Points of one run that are not in W&B yet, for all that is known: its key, how many, and why."""
 
     run: str
     points: int
@@ -107,18 +53,16 @@ class Waiting:
 
 
 @dataclass
-class _Watched:
-    """A heartbeat's content and when, by our clock, it was first seen so; when to try the writer again, and why."""
+class _Pause:
+    """When to try a run again, and what was said."""
 
-    content: str
-    since: float
-    not_before: float = 0.0
-    tries: int = 0
-    said: str = ""
+    until: float
+    tries: int
+    said: str
 
 
 class WandbSink:
-    """See the module. `publish` and `flush` are those of `eval_runner.sinks.base.Sink`.
+    """See the module. `publish`, `flush` and `compare` are those of `eval_runner.sinks.base.Sink`.
 
     One sink object must live as long as its runner: that a training process is gone is what it has seen itself.
     """
@@ -133,197 +77,179 @@ class WandbSink:
         self._settings = parsed
         self._context = context
         self._root = context.queue / "relay"
-        self._watched: dict[Path, _Watched] = {}
+        self.children = Children(parsed, context)
+        self._watch = Watch()
+        self._pauses: dict[Path, _Pause] = {}
+        self._turn_ends = 0.0
         self.waiting: list[Waiting] = []
         """What the last `flush` left."""
+
+    # ---------------------------------------------------------------- taking a result
 
     def publish(self, result: Result) -> None:
         """Leave the result's point for the run's writer; nothing where training has no W&B. See base.Sink."""
         if not result.run.wandb_id:
             return
-        p = point(result)
-        name = f"{p.ticket}.json"
-        data = files.encode(files.Point(files.VERSION, p.ticket, p.step, p.tokens, p.metrics))
-        files.parse_point(data, name)
-        directory = self._root / result.run.key
-        for part in ("points", "taken", "logged"):
-            (directory / part).mkdir(parents=True, exist_ok=True)
+        p, directory = point(result), self.directory(result.run)
+        if wandb_sync.where(directory, p.ticket):
+            return
+        data = self._room(result.run, p)
+        if not _give(self._context.ops, directory, p.ticket, data) and not wandb_sync.where(directory, p.ticket):
+            # Offered before, and its file was removed: it must be looked for before it is logged.
+            _place(self._context.ops, directory, f"taken/{files.taken(p.ticket, wandb_sync.AGAIN)}", data)
+
+    def offer(self, run: RunIdentity, p: files.Point, place: str) -> None:
+        """Put a point into the run's directory, at ``<stage>/<name>``, whether or not it was offered before."""
+        _place(self._context.ops, self.directory(run), place, self._room(run, p))
+
+    def _room(self, run: RunIdentity, p: files.Point) -> bytes:
+        """Make the run's directory where it is missing; what the point's file holds."""
+        ops, directory = self._context.ops, self.directory(run)
+        data = files.encode(p)
+        files.parse_point(data, f"{p.ticket}.json")
+        for part in (*files.STAGES, "given"):
+            fsio.make_dirs(ops, str(directory / part))
         if not (directory / "identity.json").exists():
-            fsio.replace(str(directory / "identity.json"), files.encode(result.run), self._context.ops)
-        # A point moves in this order; looked for in it, none is missed.
-        for part in ("points", "taken", "logged"):
-            if any(found.split("~")[0] in (name, p.ticket) for found in os.listdir(directory / part)):
-                return
-        tmp = directory / "points" / f".{p.ticket}.{fsio.unique()}"
-        ops = self._context.ops
-        fsio.write_new(ops, str(tmp), data)
-        try:
-            with contextlib.suppress(FileExistsError):
-                ops.link(str(tmp), str(directory / "points" / name))
-        finally:
-            ops.unlink(str(tmp))
-        ops.sync_dir(str(directory / "points"))
+            fsio.replace(str(directory / "identity.json"), files.encode(run), ops)
+        return data
+
+    # ---------------------------------------------------------------- moving on
 
     def flush(self) -> bool:
-        """Let go of what can go now. Takes seconds where it logs, `WRITER_TIMEOUT_S` at most for each run."""
+        """Let go of what can go now. Takes seconds where it looks or logs; where W&B gives no answer, `LOOK_TIMEOUT_S`
+        and `WRITER_TIMEOUT_S` at most, in which no new result is taken either."""
         self.waiting = []
-        for directory in sorted(self._root.iterdir()) if self._root.is_dir() else ():
-            if not directory.is_dir() or not (count := _count(directory)):
-                continue
+        self._turn_ends = files.clock() + TURN_S
+        for directory in self._in_turn():
+            if self._context.stopping():
+                self.waiting.append(Waiting(directory.name, 0, "the runner was told to stop"))
+                break
             try:
                 why = self._move(directory)
+            except process.Stopped:
+                why = "the runner was told to stop"
             except (AutoEvalError, OSError) as error:
                 why = str(error)
-                self._later(directory, why)
-                log.warning("autoeval: the scores of %s are not in W&B yet: %s", directory.name, why)
-            count = _count(directory) if not why else count
-            if count:
+                news = self._later(directory, why) != why
+                level = logging.WARNING if news and not isinstance(error, NotNow) else logging.INFO
+                log.log(level, "autoeval: the scores of %s are not in W&B yet: %s", directory.name, why)
+            count = sum(len(files.waiting(str(directory), stage)) for stage in ("points", "taken"))
+            if count or why:
                 self.waiting.append(Waiting(directory.name, count, why or "came meanwhile"))
+            _say_why(directory, why if count else "")
         return not self.waiting
 
-    # ----------------------------------------------------------------
+    def _in_turn(self) -> list[Path]:
+        """The runs' directories; those that were tried last come last."""
+        found = [path for path in self._root.iterdir() if path.is_dir()] if self._root.is_dir() else []
+        return sorted(found, key=lambda path: (self._pauses[path].until if path in self._pauses else 0.0, path))
 
     def _move(self, directory: Path) -> str:
-        """Log the points of one run if that is ours to do now; why they wait, or ""."""
-        case, run, by_step = self._case(directory)
-        if case.way in ("relay", "wait"):
-            if _taken(directory):
-                with _alone(directory / "writer.lock") as alone:
-                    if alone:  # who took them is dead, and a training that resumed can log them
-                        _give_back(directory)
-            return case.why
-        watched = self._watched[directory]
-        if files.clock() < watched.not_before:
-            return watched.said
-        with _alone(directory / "writer.lock") as alone:
-            if not alone:
-                return "another runner logs them"
-            taken = self._take(directory)
+        """Look for, or log, the points of one run if that is ours to do now; why they wait, or "". Raises AutoEvalError
+        and OSError, whose text is why."""
+        points, taken, logged = (files.waiting(str(directory), stage) for stage in files.STAGES)
+        if not points and not taken and (not logged or audited(directory, heartbeat(str(directory / "heartbeat")))):
+            return ""
+        seen = self._watch.look(directory, self._settings.late)
+        dead = [n for n in taken if not self._watch.owner_lives(directory, files.owner_of(n), seen)]
+        audit = seen.case.hook == "gone" and not audited(directory, seen.beat)
+        writes = bool(points) and seen.case.way in ("write", "companion")
+        if not dead and not writes and not (audit and logged):
+            unclear = logged and seen.case.hook == "unclear"    # it may be gone, and what it logged be lost
+            return seen.case.why if points or taken or unclear else ""
+        pause = self._pauses.get(directory)
+        if pause is not None and files.clock() < pause.until:
+            return pause.said
+        if files.clock() > self._turn_ends:
+            return "other runs have their turn first"
+        unsure = self._settle(directory, seen, dead, logged if audit else [])
+        if audit and (not unsure or seen.run.wandb_mode in OFFLINE):
+            fsio.replace(str(directory / "audited"), seen.beat.encode(), self._context.ops)
+        waiting = files.waiting(str(directory))
+        if waiting and seen.case.way in ("write", "companion"):
+            self.children.write(directory, seen, self._watch.broken(directory))
+            waiting = []
+        if unsure:
+            raise NotNow(unsure)
+        self._pauses.pop(directory, None)
+        return seen.case.why if waiting else ""
+
+    def _settle(self, directory: Path, seen: Seen, taken: list[str], logged: list[str]) -> str:
+        """Look for these points in the run: what is there goes to logged/, what is not to points/. Why it is not
+        certain for some, or ""."""
+        found = self._points(directory, [("taken", n) for n in taken] + [("logged", n) for n in logged])
+        if not found:
+            return ""
+        held = self.children.look(seen.run, keys(found.values()), directory / "writer.log")
+        if heartbeat(str(directory / "heartbeat")) != seen.beat and seen.case.hook == "gone":
+            raise NotNow("a training process has come to life in this run; the points are left to it")
+        unsure = ""
+        for (stage, name), p in found.items():
+            if any(holds(row, p) for row in held.rows):
+                if stage == "taken":
+                    files.move(str(directory), f"taken/{name}", f"logged/{name}", self._context.ops)
+            elif stage == "logged" and not held.exists:
+                continue        # the run was deleted: that is no loss of ours
+            elif why := self.children.cannot_tell(seen, held):
+                if stage == "taken" or seen.run.wandb_mode not in OFFLINE:
+                    unsure = why
+            else:
+                if stage == "logged":
+                    log.warning("autoeval: %s: the point of step %d was lost on its way to W&B", directory.name, p.step)
+                files.move(str(directory), f"{stage}/{name}", f"points/{p.ticket}.json", self._context.ops)
+        return unsure
+
+    def _points(self, directory: Path, found: Iterable[tuple[str, str]]) -> dict[tuple[str, str], files.Point]:
+        points = {}
+        for stage, name in found:
             try:
-                return self._write(directory, run, by_step, case.way == "companion", watched.content, taken)
-            finally:
-                _give_back(directory)
-
-    def _case(self, directory: Path) -> tuple[Case, RunIdentity, bool]:
-        hook, identity, by_step, free = self._look(directory)
-        closed = (directory / "closed").exists()
-        return decide(hook, closed=closed, free=free, late=self._settings.late), identity, by_step
-
-    def _look(self, directory: Path) -> tuple[Hook, RunIdentity, bool, bool]:
-        """What is seen of the training process, and whether a row of ours takes no step of its."""
-        announced = _read(files.Announcement, directory / "run.json")
-        # The end is read before the heartbeat: a process that says it ended was alive when it said so.
-        ended = _read(files.Ended, directory / "ended.json")
-        content, now = heartbeat(str(directory / "heartbeat")), files.clock()
-        watched = self._watched.get(directory)
-        if watched is None or watched.content != content:
-            fresh = watched is not None
-            watched = self._watched[directory] = _Watched(content, now)
-        else:
-            fresh = False
-        if announced is None:
-            identity = _read(RunIdentity, directory / "identity.json")
-            if identity is None:
-                raise AutoEvalError(f"{directory}: neither run.json nor identity.json says which run this is")
-            return "none", identity, False, False
-        ended = ended if ended is not None and ended.incarnation == announced.incarnation else None
-        still = files.ENDED_STALE_S if ended else files.STALE_S
-        hook: Hook = "alive" if fresh else "gone" if now - watched.since > still else "unclear"
-        free = not announced.logs_by_step or (ended is not None and ended.complete)
-        return hook, announced.run, announced.logs_by_step, free
-
-    def _take(self, directory: Path) -> list[str]:
-        """Take the waiting points for us; those of a runner that died as well, since the lock is ours."""
-        _give_back(directory)
-        taken = []
-        for name in files.waiting(str(directory)):
-            try:
-                ticket = files.read_point(str(directory), name).ticket
+                points[stage, name] = files.read_point(str(directory), name, stage)
             except TicketError as error:
                 log.warning("autoeval: refused a point in %s: %s", directory, error)
-                files.set_aside(str(directory), name, str(error))
+                files.set_aside(str(directory), name, str(error), stage)
+            except FileNotFoundError:
                 continue
-            path = directory / "taken" / f"{ticket}~{self._context.runner}"
-            with contextlib.suppress(FileNotFoundError):
-                os.rename(directory / "points" / name, path)
-                taken.append(str(path))
-        return taken
+        return points
 
-    def _write(
-        self, directory: Path, run: RunIdentity, by_step: bool, companion: bool, beat: str, taken: list[str]
-    ) -> str:
-        if not taken:
-            return ""
-        offline = run.wandb_mode in ("offline", "dryrun")
-        with tempfile.TemporaryDirectory(prefix="autoeval-wandb-") as scratch:
-            own = self._offline_dir(run) if offline else Path(scratch)
-            name = f"{run.wandb_id}-eval" if companion else run.wandb_id
-            logs = [p for base in {own, self._fallback()} for p in _logs(base, name)] if offline else []
-            request = Request(
-                run=run, companion=companion, logs_by_step=by_step, offline=offline, points=tuple(taken),
-                logs=tuple(sorted(logs, key=lambda p: Path(p).parent.name)), logged=str(directory / "logged"),
-                directory=str(_parent(own) if offline else own),
-                heartbeat=str(directory / "heartbeat"), heartbeat_seen=beat,
-            )  # fmt: skip
-            request.save(Path(scratch) / "request.json")
-            output = directory / "writer.log"
-            status = process.run(
-                [sys.executable, "-m", "eval_runner.sinks.wandb_writer", str(Path(scratch) / "request.json")],
-                log=output, env=self._environment(scratch), cwd=Path(scratch), stopping=self._context.stopping,
-                timeout=WRITER_TIMEOUT_S,
-            )  # fmt: skip
-        if status == DONE:
-            self._watched[directory].tries = 0
-            return ""
-        said = process.tail(output, 1)
-        self._later(directory, said)
-        level = logging.INFO if status == BUSY else logging.WARNING
-        log.log(level, "autoeval: the scores of %s are not in W&B yet: %s (%s)", run.name or run.key, said, output)
-        return said
+    def _later(self, directory: Path, why: str) -> str:
+        """Let some time pass before the next try; why the last one failed."""
+        last = self._pauses.get(directory, _Pause(0.0, -1, ""))
+        pause = min(PAUSE_S * 2 ** min(last.tries + 1, 16), LONGEST_PAUSE_S)
+        self._pauses[directory] = _Pause(files.clock() + pause, last.tries + 1, why)
+        return last.said
 
-    def _later(self, directory: Path, why: str) -> None:
-        if watched := self._watched.get(directory):
-            watched.said = why
-            watched.not_before = files.clock() + min(PAUSE_S * 2**watched.tries, LONGEST_PAUSE_S)
-            watched.tries = min(watched.tries + 1, 16)
+    # ---------------------------------------------------------------- comparing
 
-    def _fallback(self) -> Path:
-        return Path(self._settings.dir) if self._settings.dir else self._context.queue / "wandb"
+    def compare(self, results: Sequence[Result], *, repair: bool) -> list[Standing]:
+        """See base.Sink, and wandb_sync."""
+        runs: dict[str, list[Result]] = {}
+        for result in results:
+            if result.run.wandb_id:
+                runs.setdefault(result.run.key, []).append(result)
+        return [f for some in runs.values() for f in wandb_sync.compare(self, some, repair=repair)]
 
-    def _offline_dir(self, run: RunIdentity) -> Path:
-        """The directory with the run's own offline directories, if it is here and holds them: a path in a ticket
-        is only data. Else ours."""
-        own = Path(map_path(run.wandb_dir, self._context.path_map)) if run.wandb_dir else None
-        if own is not None and _logs(own, run.wandb_id) and os.access(own, os.W_OK):
-            return own
-        log.warning(
-            "autoeval: %s: the offline directories of the run (%s) are not here, so its scores go to %s; after "
-            "`wandb sync` of both, the summary and the chart definitions of the run are those of the scores",
-            run.name or run.key, run.wandb_dir or "unknown", self._fallback(),
-        )  # fmt: skip
-        self._fallback().mkdir(parents=True, exist_ok=True)
-        return self._fallback()
+    def seen(self, run: RunIdentity) -> Seen:
+        """What is known of the run now."""
+        directory = self.directory(run)
+        if not (directory / "run.json").exists() and not (directory / "identity.json").exists():
+            return unseen(run, self._settings.late)
+        return self._watch.look(directory, self._settings.late)
 
-    def _environment(self, scratch: str) -> dict[str, str]:
-        env = {k: v for k, v in os.environ.items() if not k.startswith("WANDB_") or k in _KEPT}
-        if self._settings.base_url:
-            env["WANDB_BASE_URL"] = self._settings.base_url
-        if self._settings.api_key_env:
-            env["WANDB_API_KEY"] = os.environ[self._settings.api_key_env]
-        source = str(Path(__file__).parents[2])  # the child starts elsewhere, and runs what we are
-        path = os.pathsep.join(filter(None, [source, os.environ.get("PYTHONPATH")]))
-        return env | {"WANDB_DIR": scratch, "WANDB_SILENT": "true", "PYTHONPATH": path}
+    def lives(self, run: RunIdentity, owner: str, seen: Seen) -> bool:
+        """Whether who took or logged a point may still send it."""
+        return self._watch.owner_lives(self._root / run.key, owner, seen)
 
+    def directory(self, run: RunIdentity) -> Path:
+        """The run's directory."""
+        return self._root / run.key
 
 def close_run(queue: Path, name: str) -> str:
     """Record that the run will not go on, so that its late scores can be logged; its key. `name` is the key, the
     W&B run id, our id or the run's name. Raises ConfigError where no run, or more than one, has it."""
-    known: dict[str, set[str]] = {}
     root = queue / "relay"
-    for directory in sorted(root.iterdir()) if root.is_dir() else ():
-        if directory.is_dir():
-            known[directory.name] = {directory.name, *_names(directory)}
-    found = [key for key, names in known.items() if name in names]
+    directories = sorted(root.iterdir()) if root.is_dir() else []
+    known = {directory.name: names(directory) for directory in directories if directory.is_dir()}
+    found = [key for key, called in known.items() if name in called]
     if not found:
         raise ConfigError(f"{root}: there is no run called {name!r}{strict.near(name, set().union(*known.values()))}")
     if len(found) > 1:
@@ -332,61 +258,50 @@ def close_run(queue: Path, name: str) -> str:
     return found[0]
 
 
-def _names(directory: Path) -> set[str]:
-    with contextlib.suppress(TicketError):
-        announced = _read(files.Announcement, directory / "run.json")
-        run = announced.run if announced else _read(RunIdentity, directory / "identity.json")
-        return {run.id, run.wandb_id, run.name} - {""} if run else set()
-    return set()
+def _give(ops: fsio.FileOps, directory: Path, ticket: str, data: bytes) -> bool:
+    """Offer a point in points/; False when it was offered before, which is then finished if it was cut off.
 
-
-def _read(cls: type[T], path: Path) -> T | None:
+    As a ticket's, its file gets a first name, in given/, which one call alone can give, however long another stands
+    still; its second name then moves through the stages.
+    """
+    points, first = str(directory / "points"), str(directory / "given" / ticket)
+    tmp = os.path.join(points, f".{ticket}.{fsio.unique()}")
+    fsio.write_new(ops, tmp, data)
+    new = True
     try:
-        data = fsio.FileOps().read(str(path), files.POINT_BYTES)
-    except FileNotFoundError:
-        return None
-    return files.parse(cls, data, str(path))
+        ops.link(tmp, first)
+    except FileExistsError:
+        new = ops.nlink(tmp) == 2       # the server lost its reply
+    if not new:
+        fsio.remove(ops, tmp)
+    for name in ops.listdir(points):
+        if name.startswith(f".{ticket}."):
+            with contextlib.suppress(FileNotFoundError):
+                if ops.nlink(os.path.join(points, name)) == 2:
+                    fsio.moved(ops, os.path.join(points, name), os.path.join(points, f"{ticket}.json"))
+    ops.sync_dir(os.path.dirname(first))
+    ops.sync_dir(points)
+    return new
 
 
-def _count(directory: Path) -> int:
-    return len(files.waiting(str(directory))) + len(_taken(directory))
-
-
-def _taken(directory: Path) -> list[str]:
+def _place(ops: fsio.FileOps, directory: Path, name: str, data: bytes) -> None:
+    """Put a point at ``<stage>/<name>``, durably, unless it is there."""
+    stage = directory / Path(name).parent
+    tmp = stage / f".{fsio.unique()}"
+    fsio.write_new(ops, str(tmp), data)
     try:
-        return os.listdir(directory / "taken")
-    except FileNotFoundError:
-        return []
-
-
-def _give_back(directory: Path) -> None:
-    for name in _taken(directory):
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(directory / "taken" / name, directory / "points" / f"{name.split('~')[0]}.json")
-
-
-def _logs(directory: Path, run_id: str) -> list[str]:
-    name = glob.escape(run_id)
-    return glob.glob(f"{glob.escape(str(directory))}/offline-run-*-{name}/run-{name}.wandb")
-
-
-def _parent(directory: Path) -> Path:
-    """What `wandb.init(dir=…)` must be told for its directories to stand in this one."""
-    return directory.parent if directory.name == "wandb" else directory
-
-
-@contextlib.contextmanager
-def _alone(path: Path) -> Iterator[bool]:
-    """Whether no other runner writes to this run."""
-    from filelock import Timeout, UnixFileLock
-
-    lock = UnixFileLock(path, timeout=0, thread_local=False)
-    try:
-        lock.acquire()
-    except Timeout:
-        yield False
-        return
-    try:
-        yield True
+        with contextlib.suppress(FileExistsError):
+            ops.link(str(tmp), str(directory / name))
     finally:
-        lock.release()
+        fsio.remove(ops, str(tmp))
+    ops.sync_dir(str(stage))
+
+
+def _say_why(directory: Path, why: str) -> None:
+    """Leave for `status` why the run's points wait, or take it away."""
+    path = directory / "why"
+    with contextlib.suppress(OSError):      # it is only said
+        if not why:
+            path.unlink(missing_ok=True)
+        elif not path.exists() or path.read_text(encoding="utf-8") != why:
+            fsio.replace(str(path), why.encode("utf-8", "replace"))

@@ -1,78 +1,79 @@
 """Log waiting points into a W&B run that has no writer: `python -m eval_runner.sinks.wandb_writer REQUEST.json`.
 
-A process of its own, so that a W&B that hangs or crashes costs the runner nothing. It logs each point as a row of
-its own against ``bench/step``, those that the run already has left out, and moves the points to `logged/`.
+A process of its own, so that a W&B that hangs or crashes costs the runner nothing. It logs each point as a row of its
+own against ``bench/step``. It holds the run's lease (wandb_lease), leaves out what the run already has, and takes each
+point (points/ → taken/) just before it logs: whatever ends it, what may have been logged is known. Then it reads the
+run again, and what it finds there goes to logged/. What it does not find stays taken, to be looked for once more.
 
-Another writer's rows are safe only while there is none: online, the service must not call the run
-"running", and no training process may have shown itself since the runner decided (its heartbeat). What is
-left is a training that resumes between this process's `wandb.init` and its `finish` (about a second). Its
-rows and ours may then overwrite each other; if a heartbeat tells of it, the points are given back and logged again.
+Another writer's rows are safe only while there is none: online, the service must not call the run "running", and no
+training process may have shown itself since the runner decided (its heartbeat). What is left is a training that
+resumes between this process's `wandb.init` and its `finish` (about a second): its rows and ours may then overwrite
+each other, and a row of training that is overwritten is lost. Ours are looked for again.
 
 Resuming a run replaces its metric definitions, and a second offline directory its summary too. Both are
 repeated here, so that the training's own stay as they are; so does the run's final state. The exit status is one
-of the constants below; the last line of the output says what was done.
+of the constants of `wandb_reader`; the last line of the output says what was done.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import os
 import sys
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from autoeval_hooks import relay_files as files
 from autoeval_hooks import strict
+from autoeval_hooks.errors import TicketError
+from autoeval_hooks.fsio import FileOps
 from autoeval_hooks.relay import define
-from autoeval_hooks.relay_files import AXIS, POINT_BYTES, Point, parse_point
-from autoeval_hooks.run_identity import RunIdentity
+from autoeval_hooks.relay_files import POINT_BYTES, Point
+from eval_runner.sinks.wandb_lease import Lease
+from eval_runner.sinks.wandb_reader import (
+    BUSY,
+    DONE,
+    REFUSED,
+    Look,
+    Refused,
+    check_service,
+    holds,
+    keys,
+    logs,
+    path,
+    remote_run,
+    rows,
+)
 
-DONE, FAILED, BUSY, REFUSED = 0, 1, 75, 78
-"""All points are in the run; try again; the run has a writer, try again later; the configuration must change."""
 HF_STEP = "train/global_step"
-PROBE = "bench/lag_s"
-"""Each point has it, and no two the same: by its value a row is recognised."""
 
 
 @dataclass(frozen=True)
 class Request:
-    """What to do. `points` are files; `directory` is where W&B may put its own."""
+    """What to do. `relay` is the run's directory in the queue; `directory` is where W&B may put its own."""
 
-    run: RunIdentity
+    look: Look
     companion: bool
     """Log into a run beside the training's: `<id>-eval`, same group, job type ``eval``."""
     logs_by_step: bool
-    offline: bool
-    logs: tuple[str, ...]
-    """Offline: the run's transaction logs, the oldest first."""
     directory: str
-    points: tuple[str, ...]
-    logged: str
-    heartbeat: str
-    """The training process's heartbeat file, and the content that stood still; "" if there was none."""
+    relay: str
+    who: str
+    """The name under which the lease and the points are taken, used once."""
+    broken: str
+    """What the holder of the lease has shown for so long that it counts as dead; "" if there is none."""
     heartbeat_seen: str
-
-    def save(self, path: Path) -> None:
-        path.write_text(json.dumps(asdict(self)), encoding="utf-8")
+    """The training process's heartbeat that stood still; "" if there was none."""
 
 
 @dataclass
 class Target:
     """The run as it is before we write: what must stay as it is."""
 
-    rows: list[dict[str, Any]]
-    """At least those that hold scores."""
     summary: dict[str, Any]
     definitions: list[dict[str, Any]]
     """Arguments of `define_metric`."""
-    lines: int = 0
     state: str = ""
-
-
-class Refused(Exception):
-    """No other try will do better."""
 
 
 class Busy(Exception):
@@ -82,46 +83,88 @@ class Busy(Exception):
 def heartbeat(path: str) -> str:
     """The content of a heartbeat file; "" where there is none."""
     try:
-        return Path(path).read_text(encoding="utf-8", errors="replace")
+        return FileOps().read(path, 256).decode(errors="replace")
     except FileNotFoundError:
         return ""
 
 
 def deliver(request: Request) -> str:
     """Do it; what was done. Raises Busy and Refused."""
-    points = [parse_point(Path(path).read_bytes(), Path(path).name.split("~")[0] + ".json") for path in request.points]
-    points.sort(key=lambda point: (point.step, point.ticket))
-    target = _offline(request) if request.offline else _online(request, points)
-    missing = [point for point in points if not any(_holds(row, point) for row in target.rows)]
-    if missing:
-        _check_alone(request)
-        _log(request, target, missing)
-        _check_alone(request)
-    for path in request.points:
-        os.rename(path, os.path.join(request.logged, Path(path).name.split("~")[0] + ".json"))
-    return f"{len(missing)} point(s) logged, {len(points) - len(missing)} were there already"
+    lease = Lease(Path(request.relay) / "writer", request.who)
+    if not lease.acquire(request.broken):
+        raise Busy("another runner logs them")
+    with lease.beating():
+        points = _points(request)
+        present = _present(request, points)
+        there = [point for point in points if point.ticket in present]
+        _settle(request, _take(request, there))
+        missing = [point for point in points if point.ticket not in present]
+        if missing:
+            missing = _deliver(request, lease, missing)
+    return f"{len(missing)} point(s) logged, {len(there)} were there already"
 
 
-def _check_alone(request: Request) -> None:
-    if heartbeat(request.heartbeat) != request.heartbeat_seen:
+def _deliver(request: Request, lease: Lease, missing: list[Point]) -> list[Point]:
+    target = _offline(request) if request.look.offline else _online(request)
+    _check_alone(request, lease)
+    if not (taken := _log(request, target, missing)):
+        return []
+    present = _present(request, taken)
+    _settle(request, [point for point in taken if point.ticket in present])
+    _check_alone(request, lease)
+    if lost := [point for point in taken if point.ticket not in present]:
+        raise RuntimeError(f"{len(lost)} of {len(taken)} point(s) that were logged are not in the run: not all came")
+    return taken
+
+
+def _points(request: Request) -> list[Point]:
+    points = []
+    for name in files.waiting(request.relay):
+        try:
+            points.append(files.read_point(request.relay, name))
+        except TicketError as error:
+            print(f"refused a point: {error}")
+            files.set_aside(request.relay, name, str(error))
+        except FileNotFoundError:       # another took it
+            continue
+    return sorted(points, key=lambda point: (point.step, point.ticket))
+
+
+def _present(request: Request, points: list[Point]) -> set[str]:
+    """The tickets whose rows are in the run."""
+    look = replace(request.look, keys=keys(points))
+    if look.offline:    # a log of ours was not there yet when we were told of them
+        new = set(logs(Path(request.directory), _run_id(request))) - {*look.logs, *look.beside}
+        look = replace(look, logs=(*look.logs, *sorted(new)))
+    found = rows(look).rows if points else []
+    return {point.ticket for point in points if any(holds(row, point) for row in found)}
+
+
+def _take(request: Request, points: list[Point]) -> list[Point]:
+    """Those that nobody else took."""
+    return [
+        p for p in points
+        if files.move(request.relay, f"points/{p.ticket}.json", f"taken/{files.taken(p.ticket, request.who)}")
+    ]  # fmt: skip
+
+
+def _settle(request: Request, points: list[Point]) -> None:
+    for name in (files.taken(point.ticket, request.who) for point in points):
+        files.move(request.relay, f"taken/{name}", f"logged/{name}")
+
+
+def _check_alone(request: Request, lease: Lease) -> None:
+    if heartbeat(str(Path(request.relay) / "heartbeat")) != request.heartbeat_seen:
         raise Busy("a training process has come to life in this run; the points are left to it")
+    if not lease.held():
+        raise Busy("another writer was let into this run, since no sign of life of ours was seen")
 
 
-def _holds(row: dict[str, Any], point: Point) -> bool:
-    probe = _probe(point)
-    value = row.get(probe)
-    same = isinstance(value, int | float) and math.isclose(value, point.metrics[probe], rel_tol=1e-12)
-    return same and row.get(AXIS) == point.step
-
-
-def _probe(point: Point) -> str:
-    return PROBE if PROBE in point.metrics else min(point.metrics)
-
-
-def _log(request: Request, target: Target, points: list[Point]) -> None:
+def _log(request: Request, target: Target, points: list[Point]) -> list[Point]:
+    """Log those that nobody else took meanwhile, and these are returned."""
     import wandb
 
-    run = request.run
+    run, offline = request.look.run, request.look.offline
     state = "" if request.companion else target.state
     writer = wandb.init(
         entity=run.entity or None,
@@ -130,8 +173,8 @@ def _log(request: Request, target: Target, points: list[Point]) -> None:
         name=f"{run.name or run.wandb_id} (eval)" if request.companion else None,
         group=run.wandb_group or None if request.companion else None,
         job_type="eval" if request.companion else None,
-        resume="allow" if request.offline or request.companion else "must",
-        mode="offline" if request.offline else "online",
+        resume="allow" if offline or request.companion else "must",
+        mode="offline" if offline else "online",
         dir=request.directory,
         settings=wandb.Settings(
             console="off",
@@ -148,74 +191,40 @@ def _log(request: Request, target: Target, points: list[Point]) -> None:
     for definition in target.definitions:
         writer.define_metric(**definition)
     defined: set[str] = set()
-    if request.offline:
+    if offline:
         writer.summary.update(_seed(target.summary))
     # HF's callback draws its charts over a logged key: with it in the row, ours can be drawn over it too.
     with_hf_step = HF_STEP in target.summary and not request.logs_by_step and not request.companion
+    points = _take(request, points)
     for point in points:
         define(writer, point.metrics, defined)
         writer.log({**point.row(), HF_STEP: point.step} if with_hf_step else point.row())
     if with_hf_step:
         writer.summary[HF_STEP] = target.summary[HF_STEP]
     writer.finish(exit_code=1 if state == "failed" else 0)
-    if not request.offline:
-        lines = _remote_lines(request)
-        if lines < target.lines + len(points):
-            raise RuntimeError(f"the service has {lines} rows, not {target.lines} and {len(points)} more: not all came")
+    return points
 
 
 def _run_id(request: Request) -> str:
-    return f"{request.run.wandb_id}-eval" if request.companion else request.run.wandb_id
+    wandb_id = request.look.run.wandb_id
+    return f"{wandb_id}-eval" if request.companion else wandb_id
 
 
 # -------------------------------------------------------------------- online
 
 
-def _path(request: Request) -> str:
-    parts = [request.run.entity, request.run.project or "uncategorized", _run_id(request)]
-    return "/".join(part for part in parts if part)
-
-
-def _remote(request: Request) -> Any | None:
-    import wandb
-
-    try:
-        return wandb.Api().run(_path(request))
-    except (ValueError, wandb.errors.CommError) as error:
-        if "could not find run" not in str(error).lower():
-            raise
-        return None
-
-
-def _remote_lines(request: Request) -> int:
-    return int(_remote(request).historyLineCount)  # type: ignore[union-attr]  # it was written to a moment ago
-
-
-def _online(request: Request, points: list[Point]) -> Target:
-    _check_service(request)
-    remote = _remote(request)
+def _online(request: Request) -> Target:
+    check_service(request.look.run)
+    name = path(request.look.run, _run_id(request))
+    remote = remote_run(request.look.run, _run_id(request))
     if remote is None:
         if request.companion:
-            return Target([], {}, [])
-        raise Refused(f"W&B has no run {_path(request)}: check run.entity and run.project in the configuration")
+            return Target({}, [])
+        raise Refused(f"W&B has no run {name}: check run.entity and run.project in the configuration")
     if remote.state == "running" and not request.companion:
-        raise Busy(f"W&B says that {_path(request)} is running: somebody writes to it, or did until a moment ago")
-    rows: list[dict[str, Any]] = []
-    for probe in sorted({_probe(point) for point in points}):
-        rows += remote.scan_history(keys=[AXIS, probe], use_cache=False)
+        raise Busy(f"W&B says that {name} is running: somebody writes to it, or did until a moment ago")
     definitions = remote.rawconfig.get("_wandb", {}).get("m", [])
-    return Target(
-        rows, dict(remote.summary), list(_from_config(definitions)), int(remote.historyLineCount), remote.state
-    )
-
-
-def _check_service(request: Request) -> None:
-    """The key in our environment goes to the service that we are set up for, never to one that a ticket names."""
-    import wandb
-
-    ours, theirs = wandb.setup().settings.base_url.rstrip("/"), request.run.wandb_base_url.rstrip("/")
-    if theirs and theirs != ours:
-        raise Refused(f"the run reports to {theirs}, this runner to {ours}; set the wandb sink's base_url to the first")
+    return Target(dict(remote.summary), list(_from_config(definitions)), remote.state)
 
 
 def _from_config(definitions: list[dict[str, Any]]) -> Iterable[dict[str, Any]]:
@@ -249,14 +258,15 @@ def _offline(request: Request) -> Target:
     from eval_runner.sinks.wandb_log import Content
 
     content = Content()
-    for log in request.logs:
+    before = request.look.beside if request.companion else request.look.logs
+    for log in before:
         content.add(Path(log))
     definitions = []
     for name, m in content.definitions.items():
         summary = [s for s in _SUMMARIES.values() if getattr(m.summary, s)]
         definitions.append(_definition(name, m.step_metric, m.options.step_sync, m.options.hidden, summary))
-    state = {None: "crashed", 0: "finished"}.get(content.exit_code, "failed") if request.logs else ""
-    return Target(content.rows, content.summary, definitions, state=state)
+    state = {None: "crashed", 0: "finished"}.get(content.exit_code, "failed") if before else ""
+    return Target(content.summary, definitions, state)
 
 
 def _seed(summary: dict[str, Any]) -> dict[str, Any]:

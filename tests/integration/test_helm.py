@@ -5,20 +5,26 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from autoeval_hooks import submit
 from autoeval_hooks.errors import CheckpointError, ConfigError
 from eval_runner import environments
 from eval_runner.evaluators.base import Context, Job, Outcome
 from eval_runner.evaluators.helm import HelmEvaluator, deployment, place, reason
 from eval_runner.process import Stopped
+from eval_runner.results import store
+from eval_runner.results.schema import Result
 from eval_runner.results.statistics import ratio_values
+from tests.processes import marked, wait_for
 
 pytestmark = pytest.mark.helm
 
@@ -275,6 +281,61 @@ def test_stop_ends_helm_at_once(half_empty: HelmEvaluator, base: Path) -> None:
         half_empty.evaluate(job)
     assert time.monotonic() - stopped[0] < 7
     assert not [p for p in Path("/proc").glob("[0-9]*/cwd") if _target(p) == str(job.work_dir)]
+
+
+RUNNER = """
+import sys
+from eval_runner import config, registry
+from eval_runner.progress import Progress
+from eval_runner.runner import Runner
+
+loaded = config.load(sys.argv[1])
+with Progress() as progress:
+    evaluators = registry.build_evaluators(loaded, loaded.suites["quick"])
+    Runner(loaded, {"quick": evaluators}, {}, progress).run("drain")
+"""
+
+
+def test_a_killed_runner_keeps_the_runs_that_helm_finished(python_env: str | None, base: Path) -> None:
+    """Against the same checkpoint evaluated without a break: every score and every instance the same."""
+    suite = {"type": "helm", "env": python_env, "data_dir": "helm-data", "max_instances": 40, "entries": ENTRIES[::2]}
+    results: list[tuple[Result, list[object]]] = []
+    for way in ("whole", "broken"):
+        config = base / f"{way}.yaml"
+        text = {"queue": f"queue-{way}", "runner": {"lease": 8}, "sinks": [], "hook": {"pin": "none"}}
+        config.write_text(json.dumps(text | {"suites": {"quick": {"evaluators": [suite]}}}))
+        submit(base / "run-a" / "step-100", step=100, config=config)
+        queue = base / f"queue-{way}"
+        environ = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "AUTOEVAL_TEST_MARK": way}
+        runner = subprocess.Popen([sys.executable, "-c", RUNNER, str(config)], env=environ)
+        try:
+            if way == "broken":
+                wait_for(lambda: list(queue.glob("partial/*/*")), 200)      # noqa: B023  # asked at once
+                runner.kill()
+                runner.wait()
+                wait_for(lambda: not marked("broken"))
+                assert len(list(queue.glob("partial/*/*"))) == 1
+                subprocess.run([sys.executable, "-c", RUNNER, str(config)], env=environ, check=True, timeout=250)
+            else:
+                assert runner.wait(250) == 0
+        finally:
+            runner.kill()
+            runner.wait()
+        (result,) = store.done(queue)[0]
+        results.append((result, list(store.instances(store.path_of(queue, result)))))
+        assert list(queue.glob("partial/*")) == []
+    (whole, all_values), (resumed, values) = results
+    assert resumed.scores == whole.scores
+    assert values == all_values
+    assert len({v.benchmark for v in values}) == 2  # type: ignore[attr-defined]
+    said = resumed.evaluations[0].versions.pop("autoeval resume")
+    assert said == "1 of 2 entries are of an earlier attempt"
+    assert resumed.evaluations[0].versions == whole.evaluations[0].versions
+    assert resumed.evaluations[0].provenance == whole.evaluations[0].provenance
+    assert resumed.evaluations[0].seconds > 0
+    logs = sorted((base / "queue-broken" / "logs").iterdir(), key=lambda path: path.name.split("~")[1])
+    ran = [re.findall(r"Running (autoeval_bpb|dyck_language)", log.read_text()) for log in logs]
+    assert ran == [["autoeval_bpb", "dyck_language"], ["dyck_language"]]
 
 
 def test_temperature_zero_is_greedy(python_env: str | None, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from transformers import Trainer
 from autoeval_hooks import AutoEvalCallback, ConfigError, fsio, manifest, pin
 from autoeval_hooks.queue import Queue
 from autoeval_hooks.ticket import Ticket
-from tests.trainer import trainer, weights_digest
+from tests.trainer import handed_over, trainer, weights_digest
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,14 +43,7 @@ suites:
 
 @pytest.fixture
 def tickets(tmp_path: Path) -> Callable[[], dict[tuple[str, int], Ticket]]:
-    def read() -> dict[tuple[str, int], Ticket]:
-        queue = Queue(str(tmp_path / "queue"))
-        found = [queue.read(token) for token in queue.tokens("pending")]
-        out = {(t.suite, t.manifest.step): t for t in found}
-        assert len(out) == len(found), "a checkpoint was handed over twice"
-        return out
-
-    return read
+    return lambda: handed_over(tmp_path / "queue")
 
 
 Tickets = Callable[[], dict[tuple[str, int], Ticket]]
@@ -80,9 +73,9 @@ def test_the_next_save_waits_for_a_slow_pin(
     """Retention deletes a checkpoint at the next save, which comes a hundred times sooner than this pin."""
     make = pin.make
 
-    def slow(source: str, pins: str, way: str) -> str:
+    def slow(source: str, pins: str, way: str, ops: fsio.FileOps) -> str:
         time.sleep(0.3 if ".autoeval" not in source else 0)
-        return make(source, pins, way)
+        return make(source, pins, way, ops)
 
     monkeypatch.setattr(pin, "make", slow)
     trainer(tmp_path / "out", AutoEvalCallback(config), save_total_limit=1).train()
@@ -285,25 +278,41 @@ def test_nothing_of_ours_is_in_a_checkpoint_or_looks_like_one(tmp_path: Path, co
     assert [p.name for p in (tmp_path / "b").rglob("checkpoint-*") if ".autoeval" in p.parts] == []
 
 
-def test_only_rank_zero_acts(tmp_path: Path, config: Path, tickets: Tickets) -> None:
+def test_only_rank_zero_acts_and_waits_for_no_other(tmp_path: Path, config: Path, tickets: Tickets) -> None:
+    """The second rank writes its random state only once the first has handed the checkpoint over."""
     script = tmp_path / "train.py"
     script.write_text(
-        "import sys; from pathlib import Path\n"
-        "from tests.trainer import trainer; from autoeval_hooks import AutoEvalCallback\n"
-        "trainer(Path(sys.argv[1]), AutoEvalCallback(sys.argv[2]), steps=4).train()\n"
+        "import os, sys, time; from pathlib import Path\n"
+        "from transformers import Trainer\n"
+        "from tests.trainer import handed_over, trainer; from autoeval_hooks import AutoEvalCallback\n"
+        "save = Trainer._save_rng_state\n"
+        "def late(self, output_dir):\n"
+        "    end, step = time.monotonic() + 60, self.state.global_step\n"
+        "    while ('quick', step) not in handed_over(Path(sys.argv[1]).parent / 'queue'):\n"
+        "        assert time.monotonic() < end, 'the first rank waits for the second'\n"
+        "        time.sleep(0.02)\n"
+        "    assert not os.path.exists(os.path.join(output_dir, 'rng_state_1.pth'))\n"
+        "    save(self, output_dir)\n"
+        "if os.environ['RANK'] == '1':\n"
+        "    Trainer._save_rng_state = late\n"
+        "trainer(Path(sys.argv[1]), AutoEvalCallback(sys.argv[2]), steps=4, save_total_limit=1).train()\n"
         # Left to the interpreter's exit, gloo's threads abort one run in fifty on a busy machine, callback or not.
         "import torch; torch.distributed.destroy_process_group()\n"
     )
     ran = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
          "--local-addr", "127.0.0.1", str(script), str(tmp_path / "out"), str(config)],
-        capture_output=True, text=True, cwd=ROOT, timeout=120,
+        capture_output=True, text=True, cwd=ROOT, timeout=240,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert ran.returncode == 0, ran.stdout + ran.stderr
     found = tickets()
     assert sorted(found) == [("quick", 2), ("quick", 4), ("slow", 4)]
     assert found["quick", 4].manifest.samples == 4 * 2 * 4
+    for ticket in found.values():       # of checkpoint-2 the pin is the last copy
+        assert all(manifest.record(ticket.pin, file.path) == file for file in ticket.manifest.files)
+    assert [p.name for p in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-4"]
+    assert (tmp_path / "out" / "checkpoint-4" / "rng_state_1.pth").exists()
 
 
 def test_a_bad_configuration_is_one_error_before_training(tmp_path: Path, config: Path) -> None:

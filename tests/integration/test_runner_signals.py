@@ -1,4 +1,4 @@
-"""SIGTERM to a real runner process with a real child; only what the child computes is a stand-in: it sleeps."""
+"""Signals to a real runner process with a real child; only what the child computes is a stand-in: it sleeps."""
 
 from __future__ import annotations
 
@@ -7,28 +7,43 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 
 from autoeval_hooks import submit
 from autoeval_hooks.queue import Queue
+from eval_runner import scratch
+from tests.processes import MARK, marked, wait_for
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = """
-import sys
-from pathlib import Path
-from eval_runner import config, process
+import os, sys
+from eval_runner import config
+from eval_runner.evaluators.base import Job
 from eval_runner.progress import Progress
 from eval_runner.runner import Runner, stopped_by_signals
+
+AWAY = '''
+import os, subprocess, sys, time
+subprocess.Popen(["sleep", "300"], start_new_session=True)      # a grandchild in a session of its own
+if os.fork() == 0:                                              # and a daemon: its parent is gone too
+    os.setsid()
+    if os.fork() == 0:
+        time.sleep(300)
+    os._exit(0)
+open("ready", "w").close()
+time.sleep(300)
+'''
 
 class Sleeper:
     def check(self): ...
     def evaluate(self, job):
-        deaf = sys.argv[2] == "deaf"
-        process.run(["sleep", "300"], log=job.log, env=None, cwd=job.work_dir,
-                    stopping=(lambda: False) if deaf else job.stopping)
+        if sys.argv[2] == "deaf":
+            object.__setattr__(job, "stopping", lambda: False)
+        job.run([sys.executable, "-c", AWAY], env=None)
 
 with Progress() as progress:
     runner = Runner(config.load(sys.argv[1]), {"quick": [Sleeper()]}, {}, progress)
@@ -37,49 +52,71 @@ with Progress() as progress:
 """
 
 
-def sleepers(parent: int) -> list[int]:
-    found = subprocess.run(["pgrep", "-P", str(parent), "-x", "sleep"], capture_output=True, text=True, check=False)
-    return [int(pid) for pid in found.stdout.split()]
+@pytest.fixture
+def config(tmp_path: Path, checkpoint: Callable[..., Path]) -> Path:
+    path = tmp_path / "autoeval.yaml"
+    path.write_text(
+        "queue: queue\nrunner: {lease: 8}\nsuites: {quick: {evaluators: [{type: helm, entries: [a]}]}}\nsinks: []\n"
+    )
+    submit(checkpoint(100), step=100, config=path)
+    return path
 
 
-def gone(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return True
-    return False
+@pytest.fixture
+def start(config: Path, tmp_path: Path) -> Iterator[Callable[..., tuple[subprocess.Popen[bytes], str]]]:
+    """Start a runner and wait until its program runs; its process, and the mark of all below it."""
+    started = []
 
+    def go(kind: str = "polite") -> tuple[subprocess.Popen[bytes], str]:
+        mark, scratch_dir = uuid.uuid4().hex, tmp_path / "tmp"
+        scratch_dir.mkdir(exist_ok=True)
+        env = {**os.environ, "PYTHONPATH": str(ROOT), MARK: mark, "TMPDIR": str(scratch_dir)}
+        runner = subprocess.Popen([sys.executable, "-c", SCRIPT, str(config), kind], env=env)
+        started.append(runner)
+        wait_for(lambda: list(scratch_dir.glob("autoeval-work-*/ready")))
+        return runner, mark
 
-def wait_for(what: Callable[[], object]) -> None:
-    end = time.monotonic() + 30
-    while not what():
-        assert time.monotonic() < end
-        time.sleep(0.05)
+    yield go
+    for runner in started:
+        runner.kill()
+        runner.wait()
 
 
 @pytest.mark.parametrize(("kind", "signals", "state"), [("polite", 1, "pending"), ("deaf", 2, "claimed")])
 def test_one_signal_gives_the_ticket_back_and_a_second_ends_at_once(
-    tmp_path: Path, checkpoint: Callable[..., Path], kind: str, signals: int, state: str
+    tmp_path: Path, start: Callable[..., tuple[subprocess.Popen[bytes], str]], kind: str, signals: int, state: str
 ) -> None:
-    config = tmp_path / "autoeval.yaml"
-    config.write_text("queue: queue\nsuites: {quick: {evaluators: [{type: helm, entries: [a]}]}}\nsinks: []\n")
-    submit(checkpoint(100), step=100, config=config)
-    runner = subprocess.Popen(
-        [sys.executable, "-c", SCRIPT, str(config), kind], env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
-    try:
-        wait_for(lambda: sleepers(runner.pid))
-        (child,) = sleepers(runner.pid)
-        for i in range(signals):
-            runner.send_signal(signal.SIGTERM)
-            if i + 1 < signals:
-                time.sleep(1)
-                assert runner.poll() is None
-        assert runner.wait(20) == (0 if signals == 1 else 128 + signal.SIGTERM)
-    finally:
-        runner.kill()
-        runner.wait()
-    wait_for(lambda: gone(child))
+    runner, mark = start(kind)
+    for i in range(signals):
+        runner.send_signal(signal.SIGTERM)
+        if i + 1 < signals:
+            time.sleep(1)
+            assert runner.poll() is None
+    assert runner.wait(60) == (0 if signals == 1 else 128 + signal.SIGTERM)
+    assert marked(mark) == []
     (token,) = Queue(str(tmp_path / "queue")).tokens()
     assert (token.state, token.failures) == (state, 0)       # what was not given back is reaped by another runner
     assert os.listdir(tmp_path / "queue" / "hb") == []
+    assert os.listdir(tmp_path / "tmp") == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_nothing_below_a_runner_outlives_it_or_its_standing_still(
+    tmp_path: Path, start: Callable[..., tuple[subprocess.Popen[bytes], str]], number: signal.Signals,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    runner, mark = start()
+    assert len(marked(mark)) >= 4
+    runner.send_signal(number)
+    wait_for(lambda: set(marked(mark)) <= {runner.pid})
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
+    if number is signal.SIGSTOP:
+        assert scratch.sweep() == []        # it lives, and may come back to its files
+        runner.send_signal(signal.SIGCONT)
+        wait_for(lambda: [t.generation for t in Queue(str(tmp_path / "queue")).tokens() if t.generation])
+        runner.kill()
+    runner.wait()
+    wait_for(lambda: marked(mark) == [])
+    removed = scratch.sweep()
+    assert number is signal.SIGSTOP or len(removed) == 1
+    assert os.listdir(tmp_path / "tmp") == []

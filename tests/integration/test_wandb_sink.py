@@ -19,6 +19,7 @@ import pytest
 from autoeval_hooks import relay_files as files
 from autoeval_hooks.run_identity import RunIdentity
 from eval_runner.sinks import wandb as sinks
+from eval_runner.sinks import wandb_children
 from eval_runner.sinks.base import Context
 from eval_runner.sinks.wandb import WandbSink, close_run
 from tests import wandb_log
@@ -127,7 +128,7 @@ def test_a_script_that_ends_in_order(tmp_path: Path, service: Backend, make_sink
     service.loses_rows = False
     directory = tmp_path / "q" / "relay" / ours(service).key
     assert os.listdir(directory / "logged") == []
-    assert len(os.listdir(directory / "points")) == 2
+    assert len(os.listdir(directory / "taken")) == 2
     before = rows(service)
     assert scores(before) == (expected(10, 20) if sent else [])
     sink = make_sink()
@@ -225,7 +226,7 @@ def test_a_service_that_hangs_or_loses_rows(
     before = set(wandb_processes())
     sink = make_sink()
     sink.publish(result(5, ours(service)))
-    monkeypatch.setattr(sinks, "WRITER_TIMEOUT_S", 4.0)
+    monkeypatch.setattr(wandb_children, "WRITER_TIMEOUT_S", 4.0)
     service.hang.clear()
     flush(sink, 2.0)
     assert ["took longer than 4 s" in w.why for w in sink.waiting] == [True], sink.waiting
@@ -233,10 +234,12 @@ def test_a_service_that_hangs_or_loses_rows(
     while set(wandb_processes()) - before and time.monotonic() < end:
         time.sleep(0.1)
     assert set(wandb_processes()) - before == set()
-    assert len(os.listdir(tmp_path / "q" / "relay" / ours(service).key / "points")) == 1  # given back
+    directory = tmp_path / "q" / "relay" / ours(service).key
+    assert len(os.listdir(directory / "points")) == 1  # nothing was logged so far
+    assert os.listdir(directory / "writer") == ["free"]
 
     service.hang.set()
-    monkeypatch.setattr(sinks, "WRITER_TIMEOUT_S", 60.0)
+    monkeypatch.setattr(wandb_children, "WRITER_TIMEOUT_S", 60.0)
     service.loses_rows = True  # nor is a service believed that says yes to all
     flush(sink, 2.0)
     assert ["not all came" in w.why for w in sink.waiting] == [True], sink.waiting

@@ -87,7 +87,9 @@ def test_defaults(tmp_path: Path) -> None:
     [
         ("runner: {ordr: newest}", "runner.ordr: unknown key; did you mean 'order'?"),
         ("runner: {order: best}", "runner.order: 'best' is not one of 'newest', 'oldest'"),
-        ("runner: {lease: 0}", "runner.lease: must be more than 0, found 0"),
+        ("runner: {lease: 0.5}", "runner.lease: must be at least 1, found 0.5"),
+        ("runner: {timeout: 0}", "runner.timeout: must be more than 0, found 0"),
+        ("runner: {breaker: 0}", "runner.breaker: must be at least 1, found 0"),
         ("runner: {lease: long}", "runner.lease: expected a number, found 'long'"),
         ("runner: {max_attempts: 0}", "runner.max_attempts: must be at least 1, found 0"),
         ("runner: {max_attempts: true}", "runner.max_attempts: expected a whole number, found True"),
@@ -202,7 +204,9 @@ def test_effective_has_the_defaults_and_no_secret(tmp_path: Path, monkeypatch: p
     shown = effective(loaded)
     assert tuple(shown) == tuple(key for key in hook_config.KEYS if key != "environments")   # it has none
     assert shown["queue"] == str(tmp_path / "q")
-    assert shown["hook"] == {"pin": "auto", "max_pins": 4, "on_full": "supersede", "deadline": 5.0}
+    assert shown["hook"] == {
+        "pin": "auto", "max_pins": 4, "on_full": "supersede", "save_total_limit": None, "deadline": 5.0,
+    }  # fmt: skip
     assert shown["suites"]["s"] == {
         "every_steps": 1, "begin_step": 0, "end_step": None, "priority": 5,
         "evaluators": [{"type": "gpt", "api_key": "${AE_KEY}"}],

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import time
 from pathlib import Path
 
 import pytest
 
-from autoeval_hooks.errors import ConfigError
+from autoeval_hooks.errors import AutoEvalError, ConfigError
 from eval_runner import config as configs
 from eval_runner import registry
 from eval_runner.evaluators import base as evaluators
+from eval_runner.evaluators.base import Job, Limits, Outcome, Parts
+from eval_runner.process import Stopped, TimedOut
+from eval_runner.results.schema import Evaluation
 from eval_runner.sinks import base as sinks
 
 ODD = {"no_such_setting": 1}
@@ -40,6 +46,7 @@ def test_a_sink_with_nothing_to_show_waits_for_nothing(tmp_path: Path, name: str
     config = load(tmp_path, {"type": "helm"}, {"type": name})
     (sink,) = registry.build_sinks(config)
     assert sink.flush()
+    assert sink.compare([], repair=True) == []
 
 
 def test_the_protocols_are_what_the_plugins_have() -> None:
@@ -48,3 +55,40 @@ def test_the_protocols_are_what_the_plugins_have() -> None:
             plugin = registry.get(kind, name, "here")  # type: ignore[arg-type]
             wanted = {m for m in vars(methods) if not m.startswith("_") and callable(getattr(methods, m))}
             assert wanted <= set(dir(plugin)), name
+
+
+def job(tmp_path: Path, **options: object) -> Job:
+    (tmp_path / "work").mkdir()
+    return Job(tmp_path, tmp_path, "model", tmp_path / "work", tmp_path / "log", **options)  # type: ignore[arg-type]
+
+
+SLEEP = [sys.executable, "-c", "import os, time; print(os.getpid(), flush=True); time.sleep(300)"]
+
+
+def test_a_job_that_is_to_stop_ends_its_program(tmp_path: Path) -> None:
+    def stopping() -> bool:
+        return bool((tmp_path / "log").exists() and (tmp_path / "log").read_text())
+
+    with pytest.raises(Stopped):
+        job(tmp_path, stopping=stopping).run(SLEEP, env=None)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "log").read_text()), 0)
+
+
+def test_a_jobs_time_is_for_all_that_it_runs_and_running_out_of_it_may_pass(tmp_path: Path) -> None:
+    one = job(tmp_path, limits=Limits(timeout=3.0))
+    assert one.run([sys.executable, "-c", "import time; time.sleep(1.5)"], env=None) == 0
+    began = time.monotonic()
+    with pytest.raises(AutoEvalError, match=r"^not done after 3 s, .*`runner.timeout`; log: ") as caught:
+        one.run([sys.executable, "-c", "import time; time.sleep(300)"], env=None)
+    assert caught.value.kind == "transient"
+    assert isinstance(caught.value.__cause__, TimedOut)
+    assert time.monotonic() - began < 200
+    assert float(str(caught.value.__cause__).partition("longer than ")[2].partition(" s")[0]) < 1.5
+
+
+def test_without_a_ticket_no_part_is_kept(tmp_path: Path) -> None:
+    one = job(tmp_path)
+    one.finished.put("key", Outcome(Evaluation("helm", 1.0)))
+    assert one.finished.get("key") is None
+    assert type(one.finished) is Parts

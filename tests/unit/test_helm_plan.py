@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from autoeval_hooks.errors import CheckpointError, ConfigError
+from autoeval_hooks.errors import AutoEvalError, CheckpointError, ConfigError
 from eval_runner import environments, process
-from eval_runner.evaluators.base import Context, Job
+from eval_runner.evaluators.base import Context, Job, Limits, Outcome, Parts
 from eval_runner.evaluators.helm import HelmEvaluator
 from eval_runner.evaluators.helm.settings import digest
+from eval_runner.process import Stopped
 
 NAN = "Removing stat m because its value is NaN\n"
 
@@ -22,15 +25,19 @@ class StandIn:
 
     def __init__(self) -> None:
         self.probes: list[dict[str, Any]] = []
+        self.limits: dict[str, Any] = {}
         self.ran: list[list[str]] = []
         self.answer: dict[str, Any] = {}
-        self.nan_in = self.missing_in = ""
+        self.nan_in = self.missing_in = self.stops_in = self.fails_in = self.torn_in = ""
 
-    def run(self, argv: list[str], *, log: Path, cwd: Path, **_: object) -> int:
+    def run(
+        self, argv: list[str], *, log: Path, cwd: Path, on_tick: Callable[[], None] = lambda: None, **limits: Any
+    ) -> int:
         if argv[1] == "-c":
             (cwd / "hocon.json").write_text(Path(argv[3]).read_text())
         elif argv[1] == "-m":
-            self._evaluate(log, cwd)
+            self.limits = limits
+            return self._evaluate(log, cwd, on_tick)
         else:
             self.probes.append(json.loads(Path(argv[2]).read_text()))
             run = {"metric": "m", "split": "test", "lower_is_better": {}}
@@ -38,7 +45,7 @@ class StandIn:
             Path(argv[3]).write_text(json.dumps({"versions": {}, "entries": entries} | self.answer))
         return 0
 
-    def _evaluate(self, log: Path, cwd: Path) -> None:
+    def _evaluate(self, log: Path, cwd: Path, on_tick: Callable[[], None]) -> int:
         entries = json.loads((cwd / "runs.conf").read_text())["entries"]
         self.ran.append([entry["description"].split(":")[0] for entry in entries])
         for entry in entries:
@@ -46,12 +53,20 @@ class StandIn:
             spec = name.split(":")[0]
             directory = cwd / "output" / "runs" / "autoeval" / name
             directory.mkdir(parents=True)
+            on_tick()
+            if spec == self.stops_in:
+                raise Stopped("told to")
+            if spec == self.fails_in:
+                continue
             metrics = ["num_instances"] if spec == self.missing_in else ["num_instances", "m"]
             rows = [{"name": {"name": m, "split": "test"}, "count": 1, "sum": 1.0, "mean": 1.0} for m in metrics]
             (directory / "stats.json").write_text(json.dumps(rows))
             (directory / "per_instance_stats.json").write_text("[]")
             with log.open("a") as file:
                 file.write(f"Running {name} {{\n" + (NAN if spec == self.nan_in else ""))
+            if spec == self.torn_in:
+                (directory / "per_instance_stats.json").write_text("[{")
+        return int(bool(self.fails_in))
 
 
 @pytest.fixture
@@ -67,9 +82,23 @@ def _evaluator(base: Path, **settings: object) -> HelmEvaluator:
     return HelmEvaluator(settings, Context(base, base / "envs", "suites.quick.evaluators[0]", "autoeval.yaml"))
 
 
-def _job(base: Path, name: str) -> Job:
+def _job(base: Path, name: str, finished: Parts | None = None) -> Job:
     (base / name).mkdir()
-    return Job(base, base, name, base / name, base / f"{name}.log")
+    return Job(base, base, "model", base / name, base / f"{name}.log", finished=finished or Parts())
+
+
+class Remembers(Parts):
+    """Parts in memory."""
+
+    def __init__(self) -> None:
+        self.kept: dict[str, Outcome] = {}
+
+    def get(self, key: str) -> Outcome | None:
+        return self.kept.get(key)
+
+    def put(self, key: str, outcome: Outcome) -> None:
+        assert key not in self.kept
+        self.kept[key] = outcome
 
 
 def _entries(*names: str) -> str:
@@ -138,3 +167,89 @@ def test_another_runs_nan_does_not_excuse_a_missing_metric(
     helm.missing_in, helm.nan_in = "two", nan_in
     with pytest.raises(error, match=r"^two: "):
         _evaluator(tmp_path, entries=["one", "two"]).evaluate(_job(tmp_path, "a"))
+
+
+def test_an_attempt_that_is_cut_short_keeps_what_helm_has_finished(helm: StandIn, tmp_path: Path) -> None:
+    one, parts = _evaluator(tmp_path, entries=["one", "two", "three"]), Remembers()
+    helm.stops_in = "three"
+    with pytest.raises(Stopped):
+        one.evaluate(_job(tmp_path, "a", parts))
+    assert len(parts.kept) == 2
+    helm.stops_in = ""
+    parts.kept = {key: replace(o, evaluation=replace(o.evaluation, seconds=100.0)) for key, o in parts.kept.items()}
+    found = one.evaluate(_job(tmp_path, "b", parts))
+    assert helm.ran == [["one", "two", "three"], ["three"]]
+    assert [s.benchmark for s in found.evaluation.scores] == ["one", "two", "three"]
+    assert found.evaluation.versions["autoeval resume"] == "2 of 3 entries are of an earlier attempt"
+    assert 200 < found.evaluation.seconds < 260         # what all of it took
+    again = one.evaluate(_job(tmp_path, "c", parts))
+    assert len(helm.ran) == 2
+    assert again.evaluation.scores == found.evaluation.scores
+    assert "autoeval resume" not in one.evaluate(_job(tmp_path, "d")).evaluation.versions
+
+
+def test_a_run_that_fails_has_those_beside_it_kept(helm: StandIn, tmp_path: Path) -> None:
+    one, parts = _evaluator(tmp_path, entries=["one", "two", "three"]), Remembers()
+    helm.fails_in = "two"
+    with pytest.raises(AutoEvalError, match=r"HELM failed at .*entries\[1\] \(two\): exit status 1"):
+        one.evaluate(_job(tmp_path, "a", parts))
+    helm.fails_in = ""
+    assert len(one.evaluate(_job(tmp_path, "b", parts)).evaluation.scores) == 3
+    assert helm.ran == [["one", "two", "three"], ["two"]]
+
+
+def test_what_is_no_number_or_torn_is_not_kept_and_told_in_every_attempt(helm: StandIn, tmp_path: Path) -> None:
+    one, parts = _evaluator(tmp_path, entries=["one", "two", "three"]), Remembers()
+    helm.missing_in = helm.nan_in = "two"
+    helm.stops_in = "three"
+    with pytest.raises(Stopped):
+        one.evaluate(_job(tmp_path, "a", parts))
+    helm.stops_in = ""
+    for attempt, ran in (("b", ["two", "three"]), ("c", ["two", "three"])):
+        with pytest.raises(CheckpointError, match=r"^two: m is not a number"):
+            one.evaluate(_job(tmp_path, attempt, parts))
+        assert helm.ran[-1] == ran
+    assert len(parts.kept) == 1
+    helm.missing_in = helm.nan_in = ""
+    helm.torn_in = "two"
+    with pytest.raises(AutoEvalError, match="left no readable results"):
+        one.evaluate(_job(tmp_path, "d", parts))
+    assert len(parts.kept) == 1
+
+
+@pytest.mark.parametrize("change", ["data", "plugin", "versions", "instances", "metric", "trust", "entry"])
+def test_a_part_is_taken_only_where_all_that_makes_it_is_the_same(
+    helm: StandIn, tmp_path: Path, change: str
+) -> None:
+    (tmp_path / "data.jsonl").write_text("one")
+    (tmp_path / "plugin.py").write_text("")
+    entries, settings = ["custom:path=data.jsonl", "last"], {"plugins": ["plugin.py"], "max_instances": 10}
+    parts = Remembers()
+    helm.stops_in = "last"
+    with pytest.raises(Stopped):
+        _evaluator(tmp_path, entries=entries, **settings).evaluate(_job(tmp_path, "a", parts))
+    helm.stops_in = ""
+    if change == "data":
+        (tmp_path / "data.jsonl").write_text("two")
+    elif change == "plugin":
+        (tmp_path / "plugin.py").write_text("# two")
+    elif change == "versions":
+        helm.answer = {"versions": {"crfm-helm": "9"}}
+    elif change == "instances":
+        settings["max_instances"] = 11
+    elif change == "metric":
+        settings["metrics"] = {"custom": ["num_instances"]}
+    elif change == "entry":
+        entries[0] = "custom:path=data.jsonl,shots=1"
+    job = replace(_job(tmp_path, "b", parts), trust_remote_code=change == "trust")
+    found = _evaluator(tmp_path, entries=entries, **settings).evaluate(job)
+    assert helm.ran == [["custom", "last"], ["custom", "last"]]
+    assert "autoeval resume" not in found.evaluation.versions
+
+
+def test_helm_runs_within_the_limits_of_its_job(helm: StandIn, tmp_path: Path) -> None:
+    job = replace(_job(tmp_path, "a"), limits=Limits(1000.0, grace=1.0, silence=2.0), stopping=lambda: False)
+    _evaluator(tmp_path, entries=["one"]).evaluate(job)
+    assert helm.limits["stopping"] is job.stopping
+    assert 900 < helm.limits["timeout"] <= 1000
+    assert (helm.limits["grace"], helm.limits["silence"]) == (1.0, 2.0)

@@ -192,14 +192,21 @@ def test_files_that_are_missing_or_torn(tmp_path: Path) -> None:
         ("FileNotFoundError: [Errno 2] No such file or directory: 'x.csv'", ConfigError, "x.csv"),
         ("ModuleNotFoundError: No module named 'gdown'", ConfigError, "install it in the HELM environment"),
         ("torch.OutOfMemoryError: CUDA out of memory.", AutoEvalError, "CUDA out of memory"),
-        ("", AutoEvalError, "killed by signal 9"),
+        ("", AutoEvalError, "exit status 1, and no exception in the log"),
     ],
 )  # fmt: skip
 def test_the_reason_of_a_failure(tmp_path: Path, log: str, kind: type[AutoEvalError], message: str) -> None:
     (tmp_path / "log").write_text(log)
-    error = reason.failure(1 if log else -9, tmp_path / "log", "HELM failed at entries[0] (mmlu)")
+    error = reason.failure(1, tmp_path / "log", "HELM failed at entries[0] (mmlu)")
     assert type(error) is kind
     assert message in str(error)
     assert str(error).startswith("HELM failed at entries[0] (mmlu): ")
     assert str(error).endswith(f"log: {tmp_path / 'log'}")
     assert "\n" not in str(error)
+
+
+def test_a_run_that_was_killed_is_not_blamed_on_what_its_log_says_last(tmp_path: Path) -> None:
+    (tmp_path / "log").write_text("FileNotFoundError: [Errno 2] No such file or directory: 'x', so something else\n")
+    error = reason.failure(-9, tmp_path / "log", "HELM failed at entries[0]")
+    assert type(error) is AutoEvalError
+    assert str(error).startswith("HELM failed at entries[0]: killed by signal 9 (SIGKILL: out of memory? ")

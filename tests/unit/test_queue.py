@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from autoeval_hooks import fsio
 from autoeval_hooks import keeper as keepers
 from autoeval_hooks import queue as queues
 from autoeval_hooks import ticket as tickets
@@ -19,6 +20,7 @@ from autoeval_hooks.fsio import FileOps
 from autoeval_hooks.keeper import Keeper
 from autoeval_hooks.queue import Queue, Token
 from autoeval_hooks.ticket import Ticket
+from tests.power_cut import PowerCut
 
 MakeTicket = Callable[..., Ticket]
 
@@ -202,6 +204,49 @@ def test_housekeeping_is_left_to_one(queue: Queue, new_ticket: MakeTicket) -> No
     assert len(keeper.sweep()) == 1
 
 
+def test_a_housekeeper_that_stands_still_keeps_nobody_from_it_for_longer_than_a_lease(
+    queue: Queue, new_ticket: MakeTicket
+) -> None:
+    now = [0.0]
+    queue.enqueue(new_ticket())
+    other(queue, "gone").claim()
+    keeper = Keeper(queue, lease=60, max_failures=3, clock=lambda: now[0])
+    keeper.sweep()
+    with keepers._alone(queue.root):
+        for now[0], reaped in ((61.0, 0), (120.0, 0), (122.0, 1)):
+            assert len(keeper.sweep()) == reaped, now
+
+
+def test_a_pause_in_the_middle_of_a_look_makes_nobody_dead(queue: Queue, new_ticket: MakeTicket) -> None:
+    """The observer stands still for longer than a lease before it reads a heartbeat, or after."""
+    now, pause = [0.0], {"before": 0.0, "after": 0.0}
+
+    class Slow(FileOps):
+        def read(self, path: str, limit: int, owners: frozenset[int] | None = None) -> bytes:
+            now[0] += pause["before"]
+            found = super().read(path, limit, owners)
+            now[0] += pause["after"]
+            return found
+
+    live = other(queue, "live")
+    queue.enqueue(new_ticket())
+    live.claim()
+    heart = live.start_heart()
+    live.beat(heart, 1)
+    keeper = Keeper(other(queue, "keeper", Slow()), lease=60, max_failures=3, clock=lambda: now[0])
+    for beats, where in enumerate(("before", "after", "before"), 2):
+        pause[where] = 100.0
+        assert keeper.sweep() == []
+        pause[where] = 0.0
+        now[0] += 10.0
+        assert keeper.sweep() == []
+        live.beat(heart, beats)
+    now[0] += 61.0
+    keeper.sweep()
+    now[0] += 61.0
+    assert len(keeper.sweep()) == 1
+
+
 class CutOff(BaseException):
     """The process dies here: no handler of the program sees it."""
 
@@ -250,6 +295,91 @@ def test_the_janitor_removes_only_what_nobody_registered_for_long(queue: Queue) 
     assert os.listdir(half.parent) == []
 
 
+def test_the_janitor_follows_no_link(queue: Queue, tmp_path: Path) -> None:
+    now = [0.0]
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "file").write_text("")
+    (Path(queue.root) / "tmp" / "result-x").symlink_to(tmp_path / "elsewhere")
+    keeper = Keeper(queue, lease=60, max_failures=3, clock=lambda: now[0])
+    keeper.sweep()
+    now[0] = keepers.ORPHAN_S + 1
+    keeper.sweep()
+    assert os.listdir(Path(queue.root) / "tmp") == []
+    assert os.listdir(tmp_path / "elsewhere") == ["file"]
+
+
+def test_heartbeats_of_the_dead_are_removed_and_one_that_was_paused_beats_anew(
+    queue: Queue, new_ticket: MakeTicket
+) -> None:
+    now = [0.0]
+    hearts = Path(queue.root) / "hb"
+    queue.enqueue(new_ticket())
+    paused, live, holder = (other(queue, name) for name in ("paused", "live", "holder"))
+    fds = {by.runner: by.start_heart() for by in (paused, live, holder)}
+    other(queue, "dead").start_heart()
+    assert holder.claim() is not None
+    keeper = Keeper(queue, lease=10 * keepers.ORPHAN_S, max_failures=3, clock=lambda: now[0])
+    live.beat(fds["live"], 1)
+    keeper.sweep()
+    now[0] = 10 * keepers.ORPHAN_S + 1
+    live.beat(fds["live"], 2)
+    holder.beat(fds["holder"], 2)
+    keeper.sweep()
+    assert sorted(os.listdir(hearts)) == ["holder", "live"]
+    paused.beat(fds["paused"], 7)
+    assert (hearts / "paused").read_bytes() == b"%020d" % 7
+    paused.beat(fds["paused"], 8)
+    assert queue.heartbeat("paused") == b"%020d" % 8
+    assert not os.get_inheritable(fds["paused"])
+    paused.stop_heart(fds["paused"])
+    assert sorted(os.listdir(hearts)) == ["holder", "live"]
+
+
+def test_a_heartbeat_that_another_host_removed_is_made_anew(queue: Queue) -> None:
+    class Nfs(FileOps):
+        def names(self, fd: int) -> int:
+            if super().names(fd) == 0:
+                raise OSError(errno.ESTALE, "Stale file handle")
+            return 1
+
+    me = other(queue, "me", Nfs())
+    fd = me.start_heart()
+    os.unlink(os.path.join(queue.root, "hb", "me"))
+    me.beat(fd, 3)
+    assert queue.heartbeat("me") == b"%020d" % 3
+
+
+def test_a_removed_heartbeat_whose_name_another_runner_took_is_not_taken_back(queue: Queue) -> None:
+    me, twin = other(queue, "same"), other(queue, "same")
+    fd = me.start_heart()
+    os.unlink(os.path.join(queue.root, "hb", "same"))
+    twin.beat(twin.start_heart(), 5)
+    with pytest.raises(FileExistsError):
+        me.beat(fd, 1)
+    assert queue.heartbeat("same") == b"%020d" % 5
+
+
+def test_a_ticket_that_lost_its_token_comes_back_once(queue: Queue, new_ticket: MakeTicket) -> None:
+    now = [0.0]
+    lost, other_ticket = new_ticket(1), new_ticket(2)
+    for ticket in (lost, other_ticket):
+        queue.enqueue(ticket)
+    os.mkdir(os.path.join(queue.root, "results", f"{lost.id}~g4~someone"))
+    (token,) = (t for t in queue.tokens("pending") if t.ticket == lost.id)
+    os.unlink(os.path.join(queue.root, "pending", token.name))
+    two = [Keeper(other(queue, n), lease=60, max_failures=3, clock=lambda: now[0]) for n in ("k1", "k2")]
+    for _ in range(4):
+        for keeper in two:
+            keeper.sweep()
+        now[0] += keepers.ORPHAN_S + 1
+    found = {t.ticket: t for t in queue.tokens()}
+    assert found.keys() == {lost.id, other_ticket.id}
+    assert len(list(queue.tokens())) == 2
+    assert (found[lost.id].state, found[lost.id].generation) == ("pending", 5)
+    assert queue.read(found[lost.id]) == lost
+    assert os.stat(os.path.join(queue.root, "tickets", lost.id)).st_nlink == 2
+
+
 class LostReply(FileOps):
     """An NFS server that does what it is asked and whose reply is lost: the client's repetition finds it done."""
 
@@ -261,9 +391,18 @@ class LostReply(FileOps):
         super().link(src, dst)
         raise FileExistsError(errno.EEXIST, "reply lost", src)
 
+    def mkdir(self, path: str) -> None:
+        super().mkdir(path)
+        raise FileExistsError(errno.EEXIST, "reply lost", path)
+
+    def unlink(self, path: str) -> None:
+        super().unlink(path)
+        raise FileNotFoundError(errno.ENOENT, "reply lost", path)
+
 
 def test_lost_replies_of_the_server_change_nothing(queue: Queue, new_ticket: MakeTicket) -> None:
     nfs = other(queue, "nfs", LostReply())
+    nfs.create()
     ticket = new_ticket()
     assert nfs.enqueue(ticket)
     token = nfs.claim()
@@ -274,6 +413,64 @@ def test_lost_replies_of_the_server_change_nothing(queue: Queue, new_ticket: Mak
     assert nfs.complete(token)
     assert [t.state for t in queue.tokens()] == ["done"]
     assert not nfs.enqueue(ticket)
+    heart = nfs.start_heart()
+    nfs.beat(heart, 1)
+    nfs.stop_heart(heart)
+    (done,) = queue.tokens()
+    assert nfs.retry(done)
+    assert nfs.cancel(next(queue.tokens("pending")), "because")
+    (cancelled,) = queue.tokens()
+    assert queue.reason(cancelled) == "because"
+    assert os.listdir(os.path.join(queue.root, "tmp")) == []
+
+
+def test_what_was_promised_survives_a_power_cut(queue: Queue, new_ticket: MakeTicket) -> None:
+    ops = PowerCut()
+    me = other(queue, "me", ops)
+
+    def safe() -> None:
+        assert [p for p in ops.names_at_risk if "/claimed/" not in p] == []
+
+    me.enqueue(new_ticket(1))
+    safe()
+    for end in (
+        lambda t: me.release(t, failed=True),
+        lambda t: me.release(t, failed=True, max_failures=1),
+        lambda t: me.quarantine(t, "because"),
+        lambda t: me.cancel(t, "because"),
+        me.fail,
+        me.complete,
+    ):
+        token = me.claim()
+        assert token is not None
+        assert end(token)
+        safe()
+        for ended in queue.tokens("failed", "quarantine", "cancelled", "done"):
+            assert me.retry(ended)
+            safe()
+
+
+def test_who_is_told_that_a_ticket_is_known_can_rely_on_it(queue: Queue, new_ticket: MakeTicket) -> None:
+    """Its submitter died, or was told of an error, before it could make the ticket's name durable."""
+
+    class Unsafe(PowerCut):
+        def sync_dir(self, path: str) -> None:
+            raise OSError(errno.EIO, "Input/output error")
+
+    ticket = new_ticket()
+    with pytest.raises(OSError, match="Input/output"):
+        other(queue, ops=Unsafe()).enqueue(ticket)
+    synced: list[str] = []
+
+    class Watched(FileOps):
+        def sync_dir(self, path: str) -> None:
+            synced.append(os.path.basename(path))
+
+    watched = other(queue, ops=Watched())
+    for ask in (lambda: not watched.enqueue(ticket), lambda: watched.known(ticket.id)):
+        synced.clear()
+        assert ask()
+        assert "tickets" in synced
 
 
 @pytest.mark.parametrize("error", [errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS])
@@ -335,6 +532,21 @@ def test_what_a_stranger_left_in_tmp_stops_nothing(queue: Queue, new_ticket: Mak
     test_a_submitter_that_died_between_its_two_names_is_finished_by_the_janitor(queue, new_ticket)
 
 
+def test_a_replaced_file_whose_reply_is_lost_is_replaced(tmp_path: Path) -> None:
+    for content in (b"one", b"two"):
+        fsio.replace(str(tmp_path / "file"), content, LostReply())
+        assert (tmp_path / "file").read_bytes() == content
+    assert os.listdir(tmp_path) == ["file"]
+
+    class Missing(FileOps):
+        def rename(self, src: str, dst: str) -> None:
+            raise FileNotFoundError(errno.ENOENT, "not done", src)
+
+    with pytest.raises(FileNotFoundError):
+        fsio.replace(str(tmp_path / "file"), b"three", Missing())
+    assert (tmp_path / "file").read_bytes() == b"two"
+
+
 def test_short_writes_are_completed(queue: Queue, new_ticket: MakeTicket) -> None:
     class Short(FileOps):
         def write(self, fd: int, data: bytes) -> int:
@@ -387,6 +599,16 @@ def test_links_pipes_and_directories_are_not_read(queue: Queue, new_ticket: Make
         with pytest.raises(TicketError):
             queue.read(token)
         queue.quarantine(token, "no")
+
+
+def test_a_reason_that_was_begun_is_written_anew(queue: Queue, new_ticket: MakeTicket) -> None:
+    queue.enqueue(new_ticket())
+    token = queue.claim()
+    assert token is not None
+    (Path(queue.root) / "quarantine" / f"reason-{token.name}").write_text("beca")
+    assert queue.quarantine(token, "because")
+    (aside,) = queue.tokens("quarantine")
+    assert queue.reason(aside) == "because"
 
 
 def test_names_that_are_no_tokens_are_passed_over(queue: Queue) -> None:

@@ -106,6 +106,11 @@ def names(directory: Path, part: str) -> list[str]:
     return sorted(name for name in os.listdir(directory / part) if not name.startswith("."))
 
 
+def standing(directory: Path, part: str) -> list[int]:
+    """The steps of the points there."""
+    return sorted(int(files.ticket_of(name), 16) for name in names(directory, part))
+
+
 def ready(relay: Relay, count: int = 1) -> None:
     until(lambda: len(relay._ready) == count)
 
@@ -126,11 +131,11 @@ def test_one_point_a_row_and_the_row_before_is_complete(
     assert run.steps == [1]
     assert run.rows == [{"loss": 1.0}]  # the row of the trainer was not touched; the point has joined the next
     time.sleep(0.1)
-    assert len(names(directory, "points")) == 2  # its row is open: not delivered yet
+    assert standing(directory, "taken") == [1, 3]  # its row is open: not delivered yet
     step(relay, run)
     assert run.steps == [1, 3]
     assert run.rows[1] == {**point(1).row(), "loss": 1.0}
-    until(lambda: names(directory, "logged") == [f"{point(1).ticket}.json"])
+    until(lambda: standing(directory, "logged") == [1])
     assert ("bench/step", None) in run.defined
     assert ("bench/s/arc/acc", "bench/step") in run.defined
 
@@ -175,7 +180,8 @@ def test_a_point_that_is_right_is_read(directory: Path) -> None:
 def test_no_log_without_a_fresh_heartbeat(
     make: Callable[..., Relay], run: StandInRun, directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The file system hangs for longer than the lease; meanwhile a runner thinks us dead and logs the point."""
+    """The file system hangs for longer than the lease; meanwhile a runner thinks us dead and looks for the points. One
+    it finds, and of the other it has found that it is not there."""
     relay = make()
     monkeypatch.setattr(relays, "LEASE_S", 0.2)
     drop(directory, [1, 2])
@@ -186,12 +192,15 @@ def test_no_log_without_a_fresh_heartbeat(
     time.sleep(0.3)
     step(relay, run)
     assert run.steps == []
-    os.rename(directory / "points" / f"{point(1).ticket}.json", directory / "taken" / f"{point(1).ticket}~runner")
+    before = names(directory, "taken")
+    os.rename(directory / "taken" / before[0], directory / "logged" / before[0])
     goes_on.set()
     until(lambda: len(relay._ready) == 1)
     until(lambda: (step(relay, run), run.steps)[1])
     step(relay, run)
     assert run.steps == [2]
+    until(lambda: standing(directory, "logged") == [1, 2])
+    assert before[1] not in names(directory, "logged")  # what was taken before is not taken by the same name again
 
 
 def test_the_training_thread_touches_no_file(
@@ -248,7 +257,8 @@ def test_no_run_another_run_and_a_run_that_ends(
     relay.on_log()
     relay.end(5)  # returns at once
     assert run.steps == [1, 2]
-    assert len(names(directory, "points")) == 3  # whether W&B could send when it finished is not known
+    until(lambda: standing(directory, "points") == [3])  # surely not logged
+    assert standing(directory, "taken") == [1, 2]  # whether W&B could send when it finished is not known
     assert names(directory, "logged") == []
     beat = (directory / "heartbeat").read_text()
     time.sleep(0.1)
@@ -287,7 +297,7 @@ def test_after_the_end_rows_of_their_own_unless_by_step(
     drop(directory, [2])
     relay.end(5)
     drop(directory, [3])
-    until(lambda: len(names(directory, "logged")) == 3)
+    until(lambda: standing(directory, "logged") == [1, 2, 3])
     assert run.rows[1:] == [point(1).row(), point(2).row(), point(3).row()]
 
     by_step = make(logs_by_step=True)
@@ -297,7 +307,8 @@ def test_after_the_end_rows_of_their_own_unless_by_step(
     by_step.on_log()
     time.sleep(0.1)
     assert run.steps == [1, 2, 3]
-    assert names(directory, "points") == [f"{point(4).ticket}.json"]
+    assert standing(directory, "points") == [4]
+    assert standing(directory, "taken") == []
 
 
 def test_the_next_training_in_one_process_takes_over(
@@ -308,13 +319,15 @@ def test_the_next_training_in_one_process_takes_over(
     ready(first, 2)
     step(first, run)
     second = make()
+    who = f"{files.RELAY}{second._incarnation}-0"
+    until(lambda: names(directory, "taken")[:1] == [files.taken(point(1).ticket, who)])  # no runner looks for it
     assert announced(directory) == second._incarnation
     ready(second)
     step(first, run)  # an adapter that is still registered
     step(second, run)
     step(second, run)
     assert run.steps == [1, 2]
-    until(lambda: len(names(directory, "logged")) == 2)
+    until(lambda: standing(directory, "logged") == [1, 2])
 
 
 def test_another_process_that_trains_the_run_ends_ours(
@@ -345,8 +358,57 @@ def test_a_heartbeat_that_vanishes_is_made_again(
     until(lambda: (directory / "heartbeat").exists() and (directory / "ended.json").exists())
     assert announced(directory) == relay._incarnation
     drop(directory, [1])
-    until(lambda: names(directory, "logged") == [f"{point(1).ticket}.json"])
+    until(lambda: standing(directory, "logged") == [1])
     assert run.steps == [1]
+
+
+def test_what_an_earlier_process_took_is_left_to_a_runner(
+    make: Callable[..., Relay], run: StandInRun, directory: Path
+) -> None:
+    """It may be in the run, and only a look at the run can tell."""
+    first = make()
+    drop(directory, [1, 2])
+    ready(first, 2)
+    step(first, run)
+    (lost,) = [name for name in names(directory, "taken") if name.startswith(point(1).ticket)]
+    kept = directory / "taken" / files.taken(point(5).ticket, f"{files.RELAY}killed-0")
+    kept.write_bytes(files.encode(point(5)))
+    # A runner that thought us dead looked and found nothing yet; this process knows better than to log it again.
+    os.rename(directory / "taken" / lost, directory / "points" / f"{point(1).ticket}.json")
+    drop(directory, [6])
+    ready(first, 2)
+    for _ in range(5):
+        step(first, run)
+    assert run.steps == [1, 2, 6]
+    assert kept.exists()
+    assert standing(directory, "points") == [1]
+
+
+def test_only_a_few_points_are_taken_before_they_are_logged(
+    make: Callable[..., Relay], run: StandInRun, directory: Path
+) -> None:
+    relay = make()
+    drop(directory, list(range(relays.AHEAD + 9)))
+    ready(relay, relays.AHEAD)
+    time.sleep(0.05)
+    assert len(names(directory, "taken")) == relays.AHEAD
+    for _ in range(relays.AHEAD + 10):
+        step(relay, run)
+        time.sleep(0.01)
+    until(lambda: (step(relay, run), len(names(directory, "logged")))[1] == relays.AHEAD + 9)
+    assert sorted(run.steps) == list(range(relays.AHEAD + 9))
+
+
+def test_a_point_that_cannot_be_taken_is_not_logged(
+    make: Callable[..., Relay], run: StandInRun, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    relay = make()
+    monkeypatch.setattr(relays, "move", lambda *a: False)
+    drop(directory, [1])
+    time.sleep(0.1)
+    step(relay, run)
+    step(relay, run)
+    assert run.steps == []
 
 
 def test_a_resumed_training_reopens_a_closed_run(make: Callable[..., Relay], directory: Path) -> None:

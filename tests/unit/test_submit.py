@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Callable
@@ -10,12 +11,13 @@ from pathlib import Path
 import pytest
 
 from autoeval_hooks import __main__ as command
-from autoeval_hooks import pin
+from autoeval_hooks import manifest, pin
 from autoeval_hooks import ticket as tickets
 from autoeval_hooks.config import load
-from autoeval_hooks.fsio import hostname
-from autoeval_hooks.handover import Handover, Save, remember, submit, tidy_pins, training_id
+from autoeval_hooks.fsio import FileOps, hostname
+from autoeval_hooks.handover import Handover, Save, remember, submit, training_id
 from autoeval_hooks.queue import Queue
+from autoeval_hooks.retention import tidy_pins
 from autoeval_hooks.run_identity import RunIdentity
 
 MakeCheckpoint = Callable[..., Path]
@@ -69,7 +71,7 @@ def test_mistakes_are_one_clear_line(
 def test_the_cap_on_pins_is_said(
     checkpoint: MakeCheckpoint, config: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    settings = load(config, hook={"max_pins": 1})
+    settings = load(config, hook={"max_pins": 1, "on_full": "unpinned"})
     queue = Queue(settings.queue)
     queue.create()
     for step in (100, 200):
@@ -80,15 +82,35 @@ def test_the_cap_on_pins_is_said(
     assert any("holds hook.max_pins = 1 pins already" in r.getMessage() for r in caplog.records)
 
 
-def test_a_file_system_that_cannot_pin_is_said_and_the_ticket_goes_all_the_same(
-    checkpoint: MakeCheckpoint, config: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def impossible(*args: object) -> str:
-        raise pin.PinImpossible("x: cannot be pinned here by auto")
+class NoLinks(FileOps):
+    """A stand-in for a queue on a file system with links, and checkpoints on one without."""
 
-    monkeypatch.setattr(pin, "make", impossible)
-    assert command.main(["submit", str(checkpoint()), "--step", "100", "--config", str(config)]) == 0
-    assert any("Set `hook.pin: copy`" in r.getMessage() for r in caplog.records)
+    def link(self, src: str, dst: str) -> None:
+        if "/.autoeval/pins/" in dst:
+            raise OSError(errno.EPERM, "Operation not permitted")
+        super().link(src, dst)
+
+    def reflink(self, src: str, dst: str) -> None:
+        raise OSError(errno.EOPNOTSUPP, "Operation not supported")
+
+
+@pytest.mark.parametrize(("way", "pinned"), [("auto", False), ("hardlink", False), ("copy", True), ("none", False)])
+def test_a_file_system_that_cannot_pin_is_said_and_the_ticket_goes_all_the_same(
+    checkpoint: MakeCheckpoint, config: Path, caplog: pytest.LogCaptureFixture, way: str, pinned: bool
+) -> None:
+    settings = load(config, hook={"pin": way})
+    queue = Queue(settings.queue, ops=NoLinks())
+    queue.create()
+    path = checkpoint(weights=b"w" * (manifest.WHOLE + 1))
+    handover = Handover(settings, queue, Save(str(path), 100, RunIdentity("run"), 0.0), ("quick",))
+    handover.run()
+    Handover(settings, queue, handover.save, ("quick",)).run()      # as when training ends: it is known, and not said
+    (token,) = queue.tokens("pending")
+    assert bool(queue.read(token).pin) == pinned
+    told = [r.getMessage() for r in caplog.records]
+    assert len(told) == (way in ("auto", "hardlink"))
+    for text in (f"model.safetensors: cannot be pinned here by {way}", "`hook.pin: copy`", "`hook.save_total_limit`"):
+        assert all(text in message for message in told)
 
 
 def test_a_mistyped_path_leaves_nothing(config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -20,11 +20,15 @@ def model_name(job_name: str) -> str:
     return f"autoeval/{job_name}"
 
 
-def write(directory: Path, name: str, model: Path, tokenizer: Path, torch_dtype: str | None) -> None:
+def write(
+    directory: Path, name: str, model: Path, tokenizer: Path, torch_dtype: str | None, *, trust_remote_code: bool
+) -> None:
     """Write model_deployments.yaml, tokenizer_configs.yaml and model_metadata.yaml for `helm-run --local-path`.
 
-    JSON is YAML, and needs no quoting rules.
+    JSON is YAML, and needs no quoting rules. Every loader is told whether it may run code of the checkpoint's: left
+    to itself, transformers asks the terminal.
     """
+    code = {"trust_remote_code": trust_remote_code}
     files: dict[str, Any] = {
         "model_deployments.yaml": {
             "model_deployments": [
@@ -34,11 +38,11 @@ def write(directory: Path, name: str, model: Path, tokenizer: Path, torch_dtype:
                     "tokenizer_name": name,
                     "client_spec": {
                         "class_name": "autoeval_helm.CheckpointClient",
-                        "args": {"path": str(model), "torch_dtype": torch_dtype},
+                        "args": {"path": str(model), "torch_dtype": torch_dtype} | code,
                     },
                     "window_service_spec": {
                         "class_name": "autoeval_helm.CheckpointWindow",
-                        "args": {"tokenizer": str(tokenizer), "model": str(model)},
+                        "args": {"tokenizer": str(tokenizer), "model": str(model)} | code,
                     },
                 }
             ]
@@ -49,7 +53,7 @@ def write(directory: Path, name: str, model: Path, tokenizer: Path, torch_dtype:
                     "name": name,
                     "tokenizer_spec": {
                         "class_name": "helm.tokenizers.huggingface_tokenizer.HuggingFaceTokenizer",
-                        "args": {"pretrained_model_name_or_path": str(tokenizer)},
+                        "args": {"pretrained_model_name_or_path": str(tokenizer)} | code,
                     },
                 }
             ]

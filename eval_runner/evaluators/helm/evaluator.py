@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from pathlib import Path
 from typing import Any
 
 from autoeval_hooks.errors import AutoEvalError, ConfigError
-from eval_runner import environments, process
+from eval_runner import environments
 from eval_runner.evaluators.base import Context, Job, Outcome
 from eval_runner.evaluators.helm import deployment, plan, reason, scores
 from eval_runner.evaluators.helm.place import environment, share_data
-from eval_runner.evaluators.helm.settings import clean, digest, located, parse, prefixed
+from eval_runner.evaluators.helm.settings import Entry, Settings, clean, digest, located, parse, prefixed
 from eval_runner.results.schema import Evaluation, Instance, Score
 
 SUITE = "autoeval"
+OUTPUT = "output"
+LAST = "per_instance_stats.json"
+"""What HELM writes last into a run's directory."""
 THREADS = 2
 """Requests at once. HELM's local model answers one after the other; more threads only tokenize ahead."""
 
@@ -33,59 +37,28 @@ class HelmEvaluator:
         self._plan(self._python())
 
     def evaluate(self, job: Job) -> Outcome:
-        """Run every entry; the scores are complete or there are none. See the protocol for what it raises."""
-        started = time.monotonic()
+        """Run every entry that no earlier attempt finished; the scores are complete or there are none. See the
+        protocol for what it raises."""
         python = self._python()
         job.progress(0.0, "asking HELM for the runs")
         planned = self._plan(python)
-        provenance = {str(path): was for path, was in (planned.sources | {p: digest(p) for p in planned.files}).items()}
-        name = deployment.model_name(job.name)
-        output = job.work_dir / "output"
-        deployment.write(job.work_dir / "models", name, job.path, job.tokenizer, self._settings.torch_dtype)
-        _write_entries(job.work_dir / "runs.conf", planned)
-        share_data(output, self._data_dir())
         env, versions = environment(python, job.work_dir)
-        runs = output / "runs" / SUITE
-        total = len(planned.entries)
-
-        def tick() -> None:
-            done = sum(1 for _ in runs.glob("*/per_instance_stats.json"))
-            job.progress(0.05 + 0.9 * min(done / total, 1), f"HELM: {done} of {total} runs")
-
-        status = process.run(
-            self._command(python, name, planned), log=job.log, env=env, cwd=job.work_dir, stopping=job.stopping,
-            on_tick=tick,
-        )  # fmt: skip
-        found = {i: _directories(runs, i) for i in range(total)}
-        if status != 0:
-            unfinished = [
-                planned.entries[i].entry for i, dirs in found.items()
-                if not dirs or not all((d / "per_instance_stats.json").exists() for d in dirs)
-            ]  # fmt: skip
-            which = ", ".join(f"{e.where} ({e.description})" for e in unfinished[:3]) or self._context.where
-            raise reason.failure(status, job.log, f"HELM failed at {which}")
-        dropped = reason.dropped_nan(job.log)
-        all_scores: list[Score] = []
-        instances: list[Instance] = []
-        for i, one in enumerate(planned.entries):
-            if not found[i]:
-                raise AutoEvalError(f"{one.entry.where} ({one.entry.description}): HELM left no run; log: {job.log}")
-            for directory in found[i]:
-                benchmark = one.entry.benchmark
-                if len(found[i]) > 1:  # an argument that HELM expands to several runs
-                    benchmark += "." + clean(_without(directory.name, i, name))
-                for metric in one.metrics:
-                    score, values = scores.read(
-                        directory, benchmark, metric, one.split, one.lower_is_better.get(metric),
-                        was_nan=metric in dropped.get(directory.name, ()),
-                    )  # fmt: skip
-                    all_scores.append(score)
-                    instances += values
+        run = _Run(job, planned, deployment.model_name(job.name), planned.versions | versions, self._settings)
+        if missing := run.missing():
+            self._prepare(job, run, missing)
+            status = job.run(self._command(python, run.model, planned), env=env, on_tick=run.look)
+            run.finish(status, self._context.where)
         job.progress(1.0, "HELM: all scores read")
-        evaluation = Evaluation(
-            "helm", time.monotonic() - started, tuple(all_scores), planned.versions | versions, provenance
-        )
-        return Outcome(evaluation, instances)
+        return run.outcome()
+
+    def _prepare(self, job: Job, run: _Run, missing: list[int]) -> None:
+        """Write what HELM is to read."""
+        deployment.write(
+            job.work_dir / "models", run.model, job.path, job.tokenizer, self._settings.torch_dtype,
+            trust_remote_code=job.trust_remote_code,
+        )  # fmt: skip
+        _write_entries(job.work_dir / "runs.conf", {i: run.planned.entries[i].entry for i in missing})
+        share_data(job.work_dir / OUTPUT, self._data_dir())
 
     def _python(self) -> Path:
         env = self._settings.env
@@ -115,12 +88,116 @@ class HelmEvaluator:
             str(python), "-m", "helm.benchmark.run",
             "--conf-paths", "runs.conf", "--local-path", "models", "--models-to-run", name, "--suite", SUITE,
             "--max-eval-instances", str(s.max_instances), "--num-train-trials", str(s.num_train_trials),
-            "--num-threads", str(THREADS), "--disable-cache", "--output-path", "output",
+            "--num-threads", str(THREADS), "--disable-cache", "--output-path", OUTPUT,
             "--plugins", *planned.plugins,
         ]  # fmt: skip
 
 
-def _write_entries(path: Path, planned: plan.Plan) -> None:
+class _Run:
+    """The entries of one checkpoint, each from its own runs of HELM or from an earlier attempt."""
+
+    def __init__(self, job: Job, planned: plan.Plan, model: str, versions: dict[str, str], settings: Settings) -> None:
+        self.planned = planned
+        self.model = model
+        self._job = job
+        self._versions = versions
+        self._runs = job.work_dir / OUTPUT / "runs" / SUITE
+        self._since = time.monotonic()
+        self._tried: set[int] = set()
+        sources = {str(path): was for path, was in planned.sources.items()}
+        data = {path: digest(path) for path in planned.files}
+        self._provenance = [sources | {str(f): data[f] for f in one.entry.files} for one in planned.entries]
+        asked = [settings.max_instances, settings.num_train_trials, settings.torch_dtype, job.trust_remote_code]
+        self._keys = [
+            json.dumps([
+                one.entry.description, one.entry.benchmark, one.split, one.lower_is_better,   # by metric
+                asked, planned.plugins, versions, provenance,
+            ])
+            for one, provenance in zip(planned.entries, self._provenance, strict=True)
+        ]  # fmt: skip
+        found = {i: job.finished.get(key) for i, key in enumerate(self._keys)}
+        self._done = {i: outcome for i, outcome in found.items() if outcome is not None}
+        self._earlier = len(self._done)
+
+    def missing(self) -> list[int]:
+        """The entries that have no scores so far, by their place."""
+        return [i for i in range(len(self._keys)) if i not in self._done]
+
+    def look(self) -> None:
+        """Called while HELM works: keep what is finished, and show how far it is.
+
+        HELM takes one entry after the other, and makes a run's directory when it begins.
+        """
+        total = len(self._keys)
+        begun = [i for i in self.missing() if _directories(self._runs, i)]
+        for i in begun[:-1]:
+            if i not in self._tried:
+                self._tried.add(i)      # what cannot be read, or is no number, is told in the end
+                self._keep(i, {}, tell=False)
+        done = self._earlier + sum(1 for _ in self._runs.glob(f"*/{LAST}"))
+        self._job.progress(0.05 + 0.9 * min(done / total, 1), f"HELM: {done} of {total} runs")
+
+    def finish(self, status: int, where: str) -> None:
+        """HELM has ended with `status`: read the rest. Raises the reason why it failed, and what `scores.read` does."""
+        if status != 0:
+            failed = []
+            for i in self.missing():
+                directories = _directories(self._runs, i)
+                if directories and all((d / LAST).exists() for d in directories):
+                    self._keep(i, {}, tell=False)
+                else:
+                    failed.append(self.planned.entries[i].entry)
+            which = ", ".join(f"{e.where} ({e.description})" for e in failed[:3]) or where
+            raise reason.failure(status, self._job.log, f"HELM failed at {which}")
+        dropped = reason.dropped_nan(self._job.log)
+        for i in self.missing():
+            self._keep(i, dropped, tell=True)
+
+    def outcome(self) -> Outcome:
+        """The scores of all entries, in their order."""
+        parts = [self._done[i] for i in range(len(self._keys))]
+        versions = dict(self._versions)
+        if self._earlier:
+            versions["autoeval resume"] = f"{self._earlier} of {len(parts)} entries are of an earlier attempt"
+        provenance = {path: was for each in self._provenance for path, was in each.items()}
+        seconds = sum(p.evaluation.seconds for p in parts)
+        all_scores = tuple(s for p in parts for s in p.evaluation.scores)
+        return Outcome(
+            Evaluation("helm", seconds, all_scores, versions, provenance), [i for p in parts for i in p.instances]
+        )
+
+    def _keep(self, i: int, dropped: dict[str, set[str]], *, tell: bool) -> None:
+        """Read the scores of an entry, and keep them for another attempt."""
+        with contextlib.nullcontext() if tell else contextlib.suppress(AutoEvalError):
+            found, values = self._read(i, dropped)
+            now = time.monotonic()
+            part = Evaluation("helm", now - self._since, tuple(found), self._versions, self._provenance[i])
+            self._since = now
+            self._done[i] = Outcome(part, values)
+        if i in self._done:
+            self._job.finished.put(self._keys[i], self._done[i])
+
+    def _read(self, i: int, dropped: dict[str, set[str]]) -> tuple[list[Score], list[Instance]]:
+        one, directories = self.planned.entries[i], _directories(self._runs, i)
+        if not directories:
+            raise AutoEvalError(f"{one.entry.where} ({one.entry.description}): HELM left no run; log: {self._job.log}")
+        found: list[Score] = []
+        instances: list[Instance] = []
+        for directory in directories:
+            benchmark = one.entry.benchmark
+            if len(directories) > 1:  # an argument that HELM expands to several runs
+                benchmark += "." + clean(_without(directory.name, i, self.model))
+            for metric in one.metrics:
+                score, values = scores.read(
+                    directory, benchmark, metric, one.split, one.lower_is_better.get(metric),
+                    was_nan=metric in dropped.get(directory.name, ()),
+                )  # fmt: skip
+                found.append(score)
+                instances += values
+        return found, instances
+
+
+def _write_entries(path: Path, chosen: dict[int, Entry]) -> None:
     """HELM's run entries; JSON is HOCON. The group marks each run directory with the entry it belongs to.
 
     Without the mark, two entries that differ in an argument which HELM leaves out of a run's name would
@@ -132,7 +209,7 @@ def _write_entries(path: Path, planned: plan.Plan) -> None:
             "priority": 1,
             "groups": [_mark(i)],
         }
-        for i, e in enumerate(p.entry for p in planned.entries)
+        for i, e in chosen.items()
     ]
     path.write_text(json.dumps({"entries": entries}), encoding="utf-8")
 

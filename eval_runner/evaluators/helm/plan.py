@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from autoeval_hooks.errors import ConfigError
 from autoeval_hooks.strict import near
-from eval_runner import process
+from eval_runner import process, scratch
 from eval_runner.evaluators.base import Context
 from eval_runner.evaluators.helm.deployment import INSIDE
 from eval_runner.evaluators.helm.place import environment, share_data
@@ -59,8 +58,7 @@ class Plan:
 
 def make(settings: Settings, context: Context, python: Path, data_dir: Path) -> Plan:
     """Ask the HELM of `python`. Raises ConfigError, all errors at once, for what it cannot run."""
-    with tempfile.TemporaryDirectory(prefix="autoeval-helm-") as name:
-        work = Path(name)
+    with scratch.directory() as work:
         share_data(work, data_dir)
         sources: dict[Path, str] = {}
         written, where = settings.entries, f"{context.where}.entries"

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 from autoeval_hooks.errors import AutoEvalError, CheckpointError, ConfigError
+from eval_runner import process
 
 CANNOT_LOAD = "autoeval cannot load the checkpoint"
 """As in inside/autoeval_helm.py, which this process cannot import."""
@@ -26,13 +27,13 @@ _EMPTY = ("RunnerError",)  # only says that runs failed
 
 def failure(status: int, log: Path, where: str) -> AutoEvalError:
     """The error for a run of HELM that ended with `status`; `where` names the run."""
+    if status < 0:      # what the log says last is not why
+        return AutoEvalError(f"{where}: {process.reason(status)}; log: {log}")
     text = _text(log)
     said = [m.group(1) for line in text.splitlines() if (m := _LAST.match(line.strip()))]
     said = [line for line in said if not line.startswith(_EMPTY)]
     loading = next((line for line in said if CANNOT_LOAD in line), "")
-    reason = _short(loading or (said[-1] if said else "")) or (
-        f"killed by signal {-status}" if status < 0 else f"exit status {status}, and no exception in the log"
-    )
+    reason = _short(loading or (said[-1] if said else "")) or f"exit status {status}, and no exception in the log"
     for pattern, kind, remedy in _KINDS:
         if re.search(pattern, loading or reason):
             return kind(f"{where}: {reason}{remedy}; log: {log}")

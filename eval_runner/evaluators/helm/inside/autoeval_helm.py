@@ -77,12 +77,16 @@ class GreedyServer(huggingface.HuggingFaceServer):  # type: ignore[misc]  # helm
 class CheckpointClient(huggingface.HuggingFaceClient):  # type: ignore[misc]  # helm is not here for mypy
     """HELM's Hugging Face client for one checkpoint, loaded at once so that a bad one ends the run early."""
 
-    def __init__(self, cache_config: Any, tokenizer: Any, model_name: str, path: str, torch_dtype: str | None = None):
+    def __init__(
+        self, cache_config: Any, tokenizer: Any, model_name: str, path: str, torch_dtype: str | None = None,
+        trust_remote_code: bool = False,
+    ):  # fmt: skip
         wrapped = _loaded("the tokenizer", path, tokenizer.get_wrapped_tokenizer)
         with wrapped as plain:
             end = plain.eos_token
         dtype = {"torch_dtype": f"torch.{torch_dtype}" if torch_dtype not in (None, "auto") else torch_dtype}
-        super().__init__(cache_config, tokenizer, path, end, apply_chat_template=False, **dtype)
+        options = {**dtype, "trust_remote_code": trust_remote_code}
+        super().__init__(cache_config, tokenizer, path, end, apply_chat_template=False, **options)
         # The factory makes whatever this name of its module stands for.
         huggingface.HuggingFaceServer = GreedyServer
         _loaded(
@@ -93,13 +97,14 @@ class CheckpointClient(huggingface.HuggingFaceClient):  # type: ignore[misc]  # 
 
 
 @functools.cache
-def _limits(tokenizer_name: str, tokenizer: str, model: str) -> tuple[str, str, bool, int]:
+def _limits(tokenizer_name: str, tokenizer: str, model: str, trusted: bool) -> tuple[str, str, bool, int]:
     """The tokenizer's end of text and start of text, whether it adds the latter itself, and the model's length."""
+    code = {"trust_remote_code": trusted}
     wrapped = _loaded(
-        "the tokenizer", tokenizer, lambda: HuggingFaceTokenizer.get_tokenizer(tokenizer_name, tokenizer)
+        "the tokenizer", tokenizer, lambda: HuggingFaceTokenizer.get_tokenizer(tokenizer_name, tokenizer, **code)
     )
     config = _loaded(
-        "config.json", model, lambda: transformers.AutoConfig.from_pretrained(model, local_files_only=True)
+        "config.json", model, lambda: transformers.AutoConfig.from_pretrained(model, local_files_only=True, **code)
     )
     config = config.get_text_config()
     keys = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
@@ -117,8 +122,10 @@ class CheckpointWindow(LocalWindowService):  # type: ignore[misc]  # helm is not
     text is predicted.
     """
 
-    def __init__(self, service: Any, tokenizer_name: str, tokenizer: str, model: str):
-        end, start, adds_start, length = _limits(tokenizer_name, tokenizer, model)
+    def __init__(
+        self, service: Any, tokenizer_name: str, tokenizer: str, model: str, trust_remote_code: bool = False
+    ):
+        end, start, adds_start, length = _limits(tokenizer_name, tokenizer, model, trust_remote_code)
         super().__init__(
             service,
             tokenizer_name,

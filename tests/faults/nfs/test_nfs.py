@@ -1,0 +1,89 @@
+"""On a real kernel NFS, in a guest of our own (lab.py): the queue's own tests, the storm, and the power cut.
+
+`make test-nfs` runs this. Where the guest does not boot, the tests are skipped and say why. STORM_SECONDS (for each
+version), STORM_SEED and POWER_CUTS are taken from the environment.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.faults.nfs.lab import CannotBoot, Lab
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(0)]     # the lab has a limit of its own
+
+ROOT = Path(__file__).parents[3]
+SECONDS = float(os.environ.get("STORM_SECONDS", "180"))
+SEED = int(os.environ.get("STORM_SEED", "0")) or random.SystemRandom().randrange(1, 1 << 31)
+CUTS = int(os.environ.get("POWER_CUTS", "8"))
+MOUNTS = {"4.2": ("/mnt/a", "/mnt/b"), "3": ("/mnt/a3", "/mnt/b3")}
+DRAIN_S = 900.0
+OWN_TESTS = ("tests/unit/test_queue.py", "tests/unit/test_pin.py", "tests/unit/test_submit.py")
+
+
+@pytest.fixture
+def lab(monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
+    monkeypatch.chdir(ROOT)
+    try:
+        with Lab() as made:
+            yield made
+    except CannotBoot as error:
+        pytest.skip(str(error))
+
+
+def python(*argv: object) -> str:
+    """A command of the guest's, in this very environment."""
+    return shlex.join(["env", f"PYTHONPATH={ROOT}", sys.executable, *map(str, argv)])
+
+
+def test_the_queues_own_tests_hold_on_nfs(lab: Lab) -> None:
+    lines = [
+        python("-m", "pytest", "-q", "-p", "no:cacheprovider", *OWN_TESTS, f"--basetemp={a}/tests-{version}")
+        + f" || failed='{version} '$failed"
+        for version, (a, _) in MOUNTS.items()
+    ]
+    assert boot(lab, "\n".join([*lines, '[ -z "${failed:-}" ] || { echo "failed on NFS $failed"; exit 1; }'])) == 0
+
+
+@pytest.mark.parametrize("version", MOUNTS)
+def test_nothing_is_lost_or_shown_twice_in_a_storm(lab: Lab, version: str) -> None:
+    storm = python("-m", "tests.faults.nfs.storm", version, *MOUNTS[version], "/mnt/exp", SECONDS, SEED)
+    assert boot(lab, storm, SECONDS + DRAIN_S) == 0, f"to blow the same faults again: STORM_SEED={SEED}"
+
+
+def test_what_was_acknowledged_survives_a_power_cut(lab: Lab) -> None:
+    """The guest is killed with all that its memory held; the disk keeps what had been written to it."""
+    rng = random.Random(SEED)
+    acks = lab.directory / "acks"
+    acks.touch()
+    for cut in range(CUTS):
+        where = ("/mnt/exp", "/mnt/a", "/mnt/exp", "/mnt/a3")[cut % 4]
+        try:
+            lab.start(python("-m", "tests.faults.nfs.powercut", acks, SEED + cut, f"{where}/cut-{Path(where).name}"))
+        except CannotBoot as error:
+            (pytest.fail if cut else pytest.skip)(str(error))
+        before = size = acks.stat().st_size
+        end = time.monotonic() + 300
+        while size < before + 2000 and lab.alive() and time.monotonic() < end:
+            time.sleep(0.05)
+            size = acks.stat().st_size
+        time.sleep(rng.uniform(0, 3))
+        assert lab.alive(), lab.output()
+        lab.cut()
+        print(lab.output(), end="")
+        assert size > before, "nothing was done before the cut"
+        assert lab.output(), "the guest said nothing"
+        print(f"cut {cut + 1}: seed {SEED}, on {where}, {acks.read_text().count(chr(10))} acknowledged so far")
+    assert boot(lab, python("-m", "tests.faults.nfs.powercut", acks, SEED, "")) == 0
+
+
+def boot(lab: Lab, command: str, seconds: float = 600) -> int:
+    return lab.run(command, seconds)
