@@ -55,8 +55,8 @@ def point(step: int) -> files.Point:
 
 def drop(directory: Path, steps: list[int]) -> None:
     """As a runner gives points."""
-    (directory / "given").mkdir(exist_ok=True)
     for step in steps:
+        (directory / "given").mkdir(exist_ok=True)
         p = point(step)
         tmp = directory / "points" / f".{p.ticket}"
         tmp.write_bytes(files.encode(p))

@@ -344,7 +344,7 @@ class World:
         """A stand-in for the run's only writer: each point that waits becomes a row, and one that was offered again
         only if the run has none of it."""
         for directory in map(str, self.root.glob("relay/*")):
-            for stage in ("points", "taken"):
+            for stage in ("taken", "points"):
                 for name in relay_files.waiting(directory, stage):
                     found, again = relay_files.ticket_of(name), relay_files.owner_of(name) == AGAIN
                     self.rows[found] += not (again and found in self.rows)

@@ -317,6 +317,7 @@ PARTS = st.sampled_from(
 @given(parts=st.lists(PARTS, max_size=8))
 @example(parts=["out", ".autoeval", "pins", "a" * 64])
 @example(parts=["out", ".autoeval", "pins", "..", "pins", "a" * 64])
+@example(parts=["out", ".autoeval", "pins", ".new-h-1-ab"])
 def test_no_pin_of_a_ticket_leads_elsewhere(parts: list[str]) -> None:
     path = "/" + "/".join(parts)
     data = json.loads(tickets.dump(BASE)) | {"pin": path}
@@ -369,8 +370,11 @@ def test_a_point_of_any_name_can_be_set_aside(tmp_path: Path, name: str) -> None
         ("wandb_dir", "/w/../etc", "not absolute and plain"), ("name", "x" * 5000, "more than 4096 bytes"),
     ],
 )  # fmt: skip
-def test_an_identity_names_no_path_of_its_own(field: str, value: str, says: str) -> None:
+def test_an_identity_names_no_path_of_its_own(tmp_path: Path, field: str, value: str, says: str) -> None:
     data = json.dumps(asdict(IDENTITY) | {field: value}).encode()
+    (tmp_path / ".autoeval").mkdir()
+    (tmp_path / ".autoeval" / "run.json").write_bytes(data)
+    assert handover.remembered(str(tmp_path)) is None
     with pytest.raises(TicketError, match=says):
         relay_files.parse(RunIdentity, data, "identity.json")
     ticket = json.loads(tickets.dump(BASE))

@@ -234,15 +234,15 @@ def test_a_pause_in_the_middle_of_a_look_makes_nobody_dead(queue: Queue, new_tic
     heart = live.start_heart()
     live.beat(heart, 1)
     keeper = Keeper(other(queue, "keeper", Slow()), lease=60, max_failures=3, clock=lambda: now[0])
-    for beats, where in enumerate(("before", "after", "before"), 2):
-        pause[where] = 100.0
-        assert keeper.sweep() == []
-        pause[where] = 0.0
-        now[0] += 10.0
-        assert keeper.sweep() == []
-        live.beat(heart, beats)
-    now[0] += 61.0
-    keeper.sweep()
+    pause["before"] = 100.0
+    assert keeper.sweep() == []         # the first sight is a late one
+    pause["before"], pause["after"] = 0.0, 100.0
+    now[0] += 10.0
+    assert keeper.sweep() == []         # what was read is old by the time that it is judged
+    live.beat(heart, 2)
+    pause["after"] = 0.0
+    now[0] += 10.0
+    assert keeper.sweep() == []
     now[0] += 61.0
     assert len(keeper.sweep()) == 1
 
@@ -321,6 +321,9 @@ def test_heartbeats_of_the_dead_are_removed_and_one_that_was_paused_beats_anew(
     keeper = Keeper(queue, lease=10 * keepers.ORPHAN_S, max_failures=3, clock=lambda: now[0])
     live.beat(fds["live"], 1)
     keeper.sweep()
+    now[0] = keepers.ORPHAN_S + 1
+    keeper.sweep()
+    assert len(os.listdir(hearts)) == 4     # within the lease
     now[0] = 10 * keepers.ORPHAN_S + 1
     live.beat(fds["live"], 2)
     holder.beat(fds["holder"], 2)
@@ -380,6 +383,23 @@ def test_a_ticket_that_lost_its_token_comes_back_once(queue: Queue, new_ticket: 
     assert os.stat(os.path.join(queue.root, "tickets", lost.id)).st_nlink == 2
 
 
+def test_a_token_that_a_listing_missed_is_not_given_a_second_one(queue: Queue, new_ticket: MakeTicket) -> None:
+    """It moved from one state to the next while the keeper listed them."""
+    now = [0.0]
+    queue.enqueue(new_ticket())
+
+    class Missing(FileOps):
+        def listdir(self, path: str) -> list[str]:
+            return [] if path.endswith("pending") else super().listdir(path)
+
+    keeper = Keeper(other(queue, "keeper", Missing()), lease=60, max_failures=3, clock=lambda: now[0])
+    for _ in range(4):
+        keeper.sweep()
+        now[0] += keepers.ORPHAN_S + 1
+    assert len(list(queue.tokens())) == 1
+    assert os.listdir(os.path.join(queue.root, "tmp")) == []
+
+
 class LostReply(FileOps):
     """An NFS server that does what it is asked and whose reply is lost: the client's repetition finds it done."""
 
@@ -400,7 +420,8 @@ class LostReply(FileOps):
         raise FileNotFoundError(errno.ENOENT, "reply lost", path)
 
 
-def test_lost_replies_of_the_server_change_nothing(queue: Queue, new_ticket: MakeTicket) -> None:
+def test_lost_replies_of_the_server_change_nothing(tmp_path: Path, new_ticket: MakeTicket) -> None:
+    queue = Queue(str(tmp_path / "new" / "queue"))
     nfs = other(queue, "nfs", LostReply())
     nfs.create()
     ticket = new_ticket()

@@ -18,7 +18,7 @@ from typing import Any
 
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, rule
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, consumes, initialize, invariant, multiple, rule
 
 from autoeval_hooks import ticket as tickets
 from autoeval_hooks.fsio import FileOps
@@ -70,8 +70,9 @@ class Plan:
 
 
 PLANS = st.builds(
-    Plan, dies_at=st.none() | st.integers(0, 12), after=st.booleans(), lost=st.sampled_from([False, False, True])
-)
+    Plan, dies_at=st.sampled_from([None] * 9 + list(range(9))), after=st.booleans(),
+    lost=st.sampled_from([False, False, True]),
+)  # fmt: skip
 SAFE = st.builds(Plan, lost=st.booleans())
 
 
@@ -173,6 +174,8 @@ class QueueMachine(RuleBasedStateMachine):
         self.runners = [self.new_runner(i) for i in range(3)]
         self.acknowledged: set[str] = set()
         self.generations: dict[str, int] = {}
+        self.handed_out: dict[str, int] = {}
+        """Ticket → the generation of its last claim."""
 
     def new_runner(self, number: int) -> Runner:
         skew, rate = CLOCKS[number]
@@ -268,18 +271,21 @@ class QueueMachine(RuleBasedStateMachine):
     # ------------------------------------------------------------------ runners
 
     @rule(target=claims, who=st.integers(0, 2), newest=st.booleans(), plan=PLANS)
-    def claim(self, who: int, newest: bool, plan: Plan) -> Claim | None:
+    def claim(self, who: int, newest: bool, plan: Plan) -> Any:
         runner = self.runners[who]
         token = None
         with self.doing(runner, plan):
             token = runner.queue.claim(newest_first=newest)
-            assert token is None or self.held(token)
-        return None if token is None else Claim(runner, token)
+            if token is not None:
+                assert self.held(token)
+                assert token.generation > self.handed_out.get(token.ticket, -1)
+                self.handed_out[token.ticket] = token.generation
+        return multiple() if token is None else Claim(runner, token)
 
     @rule(claim=claims, plan=SAFE)
-    def record(self, claim: Claim | None, plan: Plan) -> None:
+    def record(self, claim: Claim, plan: Plan) -> None:
         """A runner that lost its claim meanwhile records too: it does not know."""
-        if claim and claim.runner.alive and not claim.recorded:
+        if claim.runner.alive and not claim.recorded:
             with self.doing(claim.runner, plan):
                 path = store.write(
                     Path(self.root), claim.token.result_name, result_of(claim.token), (), ops=claim.runner.ops
@@ -288,16 +294,16 @@ class QueueMachine(RuleBasedStateMachine):
             claim.recorded = True
 
     @rule(claim=consumes(claims), plan=PLANS)
-    def complete(self, claim: Claim | None, plan: Plan) -> None:
-        if claim and claim.runner.alive:
+    def complete(self, claim: Claim, plan: Plan) -> None:
+        if claim.runner.alive:
             self.record(claim, Plan())
             held = self.held(claim.token)
             with self.doing(claim.runner, plan):
                 assert claim.runner.queue.complete(claim.token) == held
 
     @rule(claim=consumes(claims), failed=st.booleans(), plan=PLANS)
-    def give_back(self, claim: Claim | None, failed: bool, plan: Plan) -> None:
-        if claim and claim.runner.alive:
+    def give_back(self, claim: Claim, failed: bool, plan: Plan) -> None:
+        if claim.runner.alive:
             held = self.held(claim.token)
             with self.doing(claim.runner, plan):
                 became = claim.runner.queue.release(claim.token, failed=failed, max_failures=MAX_FAILURES)
@@ -305,8 +311,8 @@ class QueueMachine(RuleBasedStateMachine):
                 assert (became != "lost") == held or became == "pending"
 
     @rule(claim=consumes(claims), plan=PLANS)
-    def refuse(self, claim: Claim | None, plan: Plan) -> None:
-        if claim and claim.runner.alive:
+    def refuse(self, claim: Claim, plan: Plan) -> None:
+        if claim.runner.alive:
             held = self.held(claim.token)
             with self.doing(claim.runner, plan):
                 assert claim.runner.queue.quarantine(claim.token, "because") == held
@@ -340,6 +346,13 @@ class QueueMachine(RuleBasedStateMachine):
                 assert became in ("pending", "failed")
                 last = beat_at.get(token.runner)
                 assert last is None or runner.rate * (self.now - last) > LEASE, "a runner that lives was reaped"
+
+    @rule(who=st.integers(0, 2), seconds=st.sampled_from([50.0, 61.0, 100.0]))
+    def others_stand_still(self, who: int, seconds: float) -> None:
+        """Time passes that one runner alone sees."""
+        self.sweep(who, Plan())
+        self.now += seconds
+        self.sweep(who, Plan())
 
     # ------------------------------------------------------------------ what must hold
 
@@ -377,5 +390,5 @@ class QueueMachine(RuleBasedStateMachine):
         return token.name in self.listing("claimed")
 
 
-QueueMachine.TestCase.settings = settings(max_examples=200, stateful_step_count=40, deadline=None)
+QueueMachine.TestCase.settings = settings(max_examples=200, stateful_step_count=50, deadline=None)
 TestQueueMachine = QueueMachine.TestCase

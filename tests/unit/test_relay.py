@@ -124,8 +124,9 @@ def step(relay: Relay, run: StandInRun) -> None:
 def test_one_point_a_row_and_the_row_before_is_complete(
     make: Callable[..., Relay], run: StandInRun, directory: Path
 ) -> None:
-    relay = make()
+    (directory / "points").mkdir(parents=True)
     drop(directory, [3, 1])
+    relay = make()
     ready(relay, 2)
     step(relay, run)
     assert run.steps == [1]

@@ -112,9 +112,14 @@ def become(host: str) -> None:
     socket.gethostname = lambda: f"host-{host}"
 
 
+UNANSWERED = {"rename": FileNotFoundError, "link": FileExistsError}
+"""What a client makes of an operation that was done and whose answer was lost."""
+
+
 class Doomed(FileOps):
     """The file system's calls, one in so many of which is this process's last: it is killed before or after it. A kill
-    from outside rarely comes between two calls."""
+    from outside rarely comes between two calls. As rarely a server's answer is lost, and asked again the server says
+    that there is nothing to rename, or that the link is there: here this is made up."""
 
     def __init__(self, world: World, life: str, log: Log, rng: random.Random, one_in: int) -> None:
         self._parts = world, life, log, rng, one_in
@@ -135,6 +140,9 @@ class Doomed(FileOps):
             die("before")
             answer = found(*args, **named)
             die("after")
+            if name in UNANSWERED and rng.random() * one_in < 2 and not world.calm():
+                log("unanswered", name, *args)
+                raise UNANSWERED[name](f"{args}")
             return answer
 
         return call

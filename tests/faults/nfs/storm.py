@@ -118,17 +118,18 @@ class Storm:
             self._link("up")
 
     def settle(self) -> bool:
-        """No more faults: let everything drain and end. False when nothing moves for `PATIENCE_S` before that."""
+        """No more faults: let everything drain and end. False when no ticket ends for `PATIENCE_S` before that."""
         (self.world.logs / "calm").touch()
         for process in self._living():
             process.signal(signal.SIGCONT)
             process.wakes_at = 0.0
-        before, moved_at, said_at = "", time.monotonic(), 0.0
+        ended, moved_at, said_at = -1, time.monotonic(), 0.0
         while not self._drained():
             now = time.monotonic()
             self._tend(now, hurry=True)
-            if self._figures() != before:
-                before, moved_at = self._figures(), now
+            before, ended = ended, sum(len(os.listdir(self.world.truth / "queue" / s)) for s in ("done", "cancelled"))
+            if ended != before:
+                moved_at = now
             if now > moved_at + PATIENCE_S:
                 return False
             if now >= said_at:

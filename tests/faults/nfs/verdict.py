@@ -89,6 +89,7 @@ Tokens = dict[str, list[Token]]
 def _processes(world: World, queue: Queue, by_id: Tokens, figures: Counter[str]) -> Iterator[str]:
     for line in roles.seen(world):
         figures["kills before or after a file operation"] += line.what == "dies"
+        figures["answers lost"] += line.what == "unanswered"
         if line.what == "crash":
             yield f"{line.by} ended with an error: {line.words[0][-600:]}"
 
