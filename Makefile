@@ -7,12 +7,12 @@ unexport PYTHONDONTWRITEBYTECODE    # compiled modules start in half the time
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make demo       train a small model, evaluate every checkpoint with HELM, and show the report"
-	@echo "make test       lint, types and tests"
-	@echo "make test-demo  the demo as an acceptance test"
+	@echo "make demo         train a small model, evaluate every checkpoint with HELM, and show the report"
+	@echo "make test         lint, types and tests"
+	@echo "make test-demo    the demo as an acceptance test"
 	@echo "make test-faults  a process killed or paused, and every error, at every call into the file system; 5 minutes"
-	@echo "make test-nfs   the queue on a real kernel NFS and through power cuts, in a guest; 10 minutes; see tests/faults/nfs"
-	@echo "make clean      remove what the targets made here"
+	@echo "make test-nfs     the queue on a real kernel NFS and through power cuts, in a guest; 10 minutes; see tests/faults/nfs"
+	@echo "make clean        remove what the targets made here"
 
 .venv/.ready: pyproject.toml
 	$(PYTHON) -m venv .venv

@@ -41,6 +41,7 @@ class Delivery:
         self._items: deque[_Item] = deque()
         self._busy = False
         self._progress = 0
+        self._nearer = 0
         self._stalled_at = -1
         self._thread: threading.Thread | None = None
 
@@ -73,17 +74,16 @@ class Delivery:
         return True
 
     def finish(self, patience: float) -> bool:
-        """Wait until everything is done, as long as something is finished at least every `patience` seconds."""
+        """Wait until everything is done, as long as something is done, or tried for the first time, at least every
+        `patience` seconds: what only fails again and again holds nobody."""
         with self._changed:
             while self._busy or self._items:
-                if not self._changed.wait_for(self._moved_since(self._progress), patience):
+                if not self._changed.wait_for(self._nearer_than(self._nearer), patience):
                     return False
-                if not self._busy and all(item.tries for item in self._items):
-                    return self._changed.wait_for(lambda: not self._items and not self._busy, patience)
         return True
 
-    def _moved_since(self, progress: int) -> Callable[[], bool]:
-        return lambda: self._progress != progress
+    def _nearer_than(self, before: int) -> Callable[[], bool]:
+        return lambda: self._nearer != before
 
     def _untried(self) -> bool:
         return self._busy or any(not item.tries for item in self._items)
@@ -91,10 +91,11 @@ class Delivery:
     def _loop(self) -> None:
         while True:
             item = self._next()
-            self._do(item)
+            nearer = self._do(item)
             with self._changed:
                 self._busy = False
                 self._progress += 1
+                self._nearer += nearer
                 self._changed.notify_all()
 
     def _next(self) -> _Item:
@@ -109,7 +110,8 @@ class Delivery:
                 soonest = min((item.not_before for item in self._items), default=None)
                 self._changed.wait(None if soonest is None else soonest - now)
 
-    def _do(self, item: _Item) -> None:
+    def _do(self, item: _Item) -> bool:
+        """Try it; False when it failed not for the first time."""
         try:
             item.work()
         except CheckpointError as error:
@@ -123,9 +125,11 @@ class Delivery:
             item.not_before = time.monotonic() + min(FIRST_PAUSE_S * 2 ** (item.tries - 1), LONGEST_PAUSE_S)
             with self._changed:
                 self._items.append(item)
+            return item.tries == 1
         else:
             if item.tries:
                 log.warning("autoeval: %s succeeded at try %d", item.what, item.tries + 1)
+        return True
 
 
 def never_raise(function: F) -> F:

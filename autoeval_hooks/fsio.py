@@ -54,9 +54,17 @@ class FileOps:
         finally:
             os.close(fd)
 
-    def names(self, fd: int) -> int:
-        """Number of names of an open file."""
-        return os.fstat(fd).st_nlink
+    def stands_at(self, fd: int, path: str) -> bool:
+        """Whether an open file has the name `path`. Its number of names does not tell: where it was removed through
+        the same NFS mount, the client keeps it as `.nfs…` for as long as it is open."""
+        try:
+            there = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+        except FileNotFoundError:
+            return False
+        try:
+            return os.path.samestat(os.fstat(there), os.fstat(fd))
+        finally:
+            os.close(there)
 
     def link(self, src: str, dst: str) -> None:
         os.link(src, dst, follow_symlinks=False)

@@ -130,7 +130,7 @@ class Handover:
             return len(pin.existing(save.path)) < hook.max_pins
         found = self._build(save.path)      # who is known already needs no room
         wanted = sum(not self.queue.known(self._ticket(suite, found).id) for suite in self.suites)
-        return make_room(self.queue, save.path, save.step, wanted=wanted, limit=hook.max_pins)
+        return wanted > 0 and make_room(self.queue, save.path, save.step, wanted=wanted, limit=hook.max_pins)
 
     def _ticket(self, suite: str, found: Manifest) -> Ticket:
         settings = self.config.suites[suite]

@@ -137,10 +137,13 @@ class AutoEvalCallback(TrainerCallback):
         training.on_the_way.add(name := os.path.basename(save.path))
 
         def run() -> None:
-            path = _trial_checkpoint(save.path) if search else save.path
-            handover.save = replace(save, path=path, run=training.named(save.run))
+            nonlocal save, search
+            if search:      # once: by the next try, another trial may have saved a checkpoint of that name
+                save, search = replace(save, path=_trial_checkpoint(save.path)), False
+            handover.save = replace(save, run=training.named(save.run))
             handover.run()
             training.on_the_way.discard(name)
+            training.handed_over.add(name)
             self._start_relay(training, save.run)
 
         def abandon() -> None:
@@ -203,7 +206,9 @@ class AutoEvalCallback(TrainerCallback):
         for step, path in _checkpoints(training.output_dir):
             state_file = os.path.join(path, "trainer_state.json")
             suites, changed_ns = due(self._config, step), _changed_ns(state_file)
-            if not suites or step not in steps or changed_ns is None or changed_ns < since_ns:
+            if not suites or step not in steps or os.path.basename(path) in training.handed_over:
+                continue
+            if changed_ns is None or changed_ns < since_ns:
                 continue
             save = Save(
                 path=path, step=step, run=training.named(run), saved_at=changed_ns / 1e9,
@@ -232,8 +237,10 @@ class _Training:
     """Checkpoints to keep, where the hook rotates them."""
     best: str = ""
     """Name of the best checkpoint, as of the last save."""
+    handed_over: set[str] = field(default_factory=set)
+    """Names of checkpoints whose hand-over is done: reading all of them once more would hold training's end."""
     on_the_way: set[str] = field(default_factory=set)
-    """Names of checkpoints whose hand-over is not done."""
+    """Names of those whose hand-over is not."""
     opened: bool = False
     id: str = ""
     began_ns: int = 0

@@ -90,13 +90,15 @@ class Keeper:
                     self._remove(path)
 
     def _remove(self, path: str) -> None:
-        """Remove a file, or a directory of files: half a result. A link to a directory is a file."""
+        """Remove a file, or a directory with all in it: half a result, or what `gc` left. A link is a file."""
         try:
             fsio.remove(self.queue.ops, path)
         except OSError as error:
             if error.errno not in (errno.EISDIR, errno.EPERM):
                 raise
-            fsio.remove_flat(self.queue.ops, path)
+            for name in self.queue.ops.listdir(path):
+                self._remove(os.path.join(path, name))
+            self.queue.ops.rmdir(path)
 
     def _bury(self, runners: set[str]) -> None:
         """Remove the heartbeats of runners that are gone and hold nothing. One that was only paused beats anew."""

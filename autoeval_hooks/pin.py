@@ -91,11 +91,15 @@ def make(source: str, pins: str, way: str, ops: FileOps | None = None) -> str:
 
 
 def adopt(passing: str, ticket_id: str, ops: FileOps | None = None) -> str:
-    """Give a pin its ticket's name. A pin of that name is complete and of the same content: then it is kept."""
+    """Give a pin its ticket's name. A pin of that name is complete and of the same content: then it is kept.
+
+    Raises FileNotFoundError when the pin is gone: no ticket may name one that is not there.
+    """
     ops = ops or FileOps()
     final = os.path.join(os.path.dirname(passing), ticket_id)
     try:
-        fsio.moved(ops, passing, final)
+        if not fsio.moved(ops, passing, final):
+            raise FileNotFoundError(errno.ENOENT, "deleted before a ticket could name it", passing)
     except OSError as error:
         if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
             raise

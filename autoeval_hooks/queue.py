@@ -306,7 +306,7 @@ class Queue:
 
     def _removed(self, fd: int) -> bool:
         try:
-            return self.ops.names(fd) == 0
+            return not self.ops.stands_at(fd, self._at("hb", self.runner))
         except OSError as error:
             if error.errno != errno.ESTALE:     # NFS's word for a file that another host removed
                 raise

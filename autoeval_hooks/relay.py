@@ -96,6 +96,7 @@ class Relay:
         self._open: _Taken | None = None
         self._complete: list[tuple[float, _Taken]] = []
         self._known: set[str] = set()  # tickets in `_ready`, and all that this process has ever logged
+        self._read: dict[str, Point] = {}  # what stands in points/, by name: a point never changes
         self._lapses = 0
         self._defined: set[str] = set()
         self._stopped = False
@@ -276,12 +277,13 @@ class Relay:
         # Within 2 s of a listing, a coarse change time may not tell a later change.
         if room <= 0 or (changed == seen and 2.0 < now - listed_at < RELIST_S):
             return
-        found = []
-        for name in waiting(self._dir):
-            if name.removesuffix(".json") in self._known:
+        names = [name for name in waiting(self._dir) if name.removesuffix(".json") not in self._known]
+        self._read = {name: self._read[name] for name in names if name in self._read}
+        for name in names:
+            if name in self._read:
                 continue
             try:
-                found.append(read_point(self._dir, name))
+                self._read[name] = read_point(self._dir, name)
             except FileNotFoundError:
                 continue
             except OSError as error:  # it may be readable later, and must not hold up the others
@@ -290,7 +292,7 @@ class Relay:
                 self._say(f"refused a point in {self._dir}: {error}")
                 with contextlib.suppress(OSError):
                     set_aside(self._dir, name, str(error))
-        for point in sorted(found, key=lambda p: (p.step, p.ticket))[:room]:
+        for point in sorted(self._read.values(), key=lambda p: (p.step, p.ticket))[:room]:
             define(self._run, point.metrics, self._defined)
             item = _Taken(taken(point.ticket, self._who), point)
             try:
@@ -303,7 +305,7 @@ class Relay:
             with self._lock:
                 self._known.add(point.ticket)
                 self._ready.append(item)
-        if len(found) <= room and (changed != seen or now - listed_at >= RELIST_S):
+        if len(self._read) <= room and (changed != seen or now - listed_at >= RELIST_S):
             self._gate = (changed, now)
 
     def _hand_back(self) -> None:

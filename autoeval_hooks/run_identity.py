@@ -83,6 +83,6 @@ def current(run_id: str, *, name: str = "", project: str = "", entity: str = "")
 def wandb_run() -> Any | None:
     """The W&B run open in this process, without importing wandb; None when there is none or it is disabled."""
     run = getattr(sys.modules.get("wandb"), "run", None)
-    if run is None or run.settings.mode == "disabled":
+    if run is None or run.disabled:     # `run.settings` would copy them all: 0.1 ms of the training thread's
         return None
     return run

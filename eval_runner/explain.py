@@ -289,7 +289,8 @@ def _point(found: _Found, result: Result) -> tuple[str, str]:
     directory = found.config.queue / "relay" / result.run.key
     for stage in ("logged", "taken", "points", "refused"):      # what is logged twice, was logged
         try:
-            names = [n for n in os.listdir(directory / stage) if n.replace(".", "~").partition("~")[0] == result.ticket]
+            heads = (result.ticket, result.ticket[:60])     # a refused one's name is cut (relay_files.set_aside)
+            names = [n for n in os.listdir(directory / stage) if n.replace(".", "~").partition("~")[0] in heads]
         except OSError:
             continue
         if names and stage == "refused":

@@ -127,7 +127,10 @@ def _pins(
     tokens = {t.ticket: t for t in queue.tokens(*states) if t.ticket in over}
     now_ns = file_system_time(output_dir) if set(pins) - known else 0
     for name, path in sorted(pins.items()):
-        age = (now_ns - os.lstat(path).st_mtime_ns) / 1e9
+        try:
+            age = (now_ns - os.lstat(path).st_mtime_ns) / 1e9
+        except FileNotFoundError:       # its runner was faster
+            continue
         if os.path.islink(path):
             found.problems.append(f"{path}: a link in the place of a pin; it is left alone")
         elif token := tokens.get(name):
@@ -182,9 +185,10 @@ def _reasons(queue: Queue) -> Iterator[Thing]:
         idle = [os.path.join(directory, n) for n in names if n not in standing]
         now_ns = _now_ns(queue) if idle else 0
         for path in idle:
-            seen = os.lstat(path)
-            if stat.S_ISREG(seen.st_mode) and now_ns - seen.st_mtime_ns > REASON_S * 1e9:
-                yield Thing("reason", path, f"its ticket is not {_is(state)} any longer")
+            with contextlib.suppress(FileNotFoundError):
+                seen = os.lstat(path)
+                if stat.S_ISREG(seen.st_mode) and now_ns - seen.st_mtime_ns > REASON_S * 1e9:
+                    yield Thing("reason", path, f"its ticket is not {_is(state)} any longer")
 
 
 def _now_ns(queue: Queue) -> int:

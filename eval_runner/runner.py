@@ -73,7 +73,7 @@ class Runner:
     failed: int = 0
     """Tickets that ended here without a result, those in quarantine included."""
     given_back: set[str] = field(default_factory=set)
-    """Tickets that this runner took and that are not ended yet."""
+    """Tickets that this runner took; once `run` has returned from ``once`` or ``drain``, those that nobody ended."""
 
     def __post_init__(self) -> None:
         section = self.config.runner
@@ -117,11 +117,14 @@ class Runner:
                     self.progress.idle(self.done, self.failed)
                     self.stopped.wait(pause)
                     pause = min(pause * 1.5, IDLE_S[1])
+            with contextlib.suppress(OSError):
+                self._let_go()
             if mode == "forever":
                 return True
             self.progress.settling()
             settled = publisher.settle(SETTLE_S, self.stopped)
             self.stopped.set()      # a sink that is still at work ends soon
+            self.given_back &= {token.ticket for token in self.queue.tokens("pending", "claimed")}
             return settled
 
     def _housekeeping(self) -> None:
@@ -132,8 +135,12 @@ class Runner:
         self._swept_at = now
         for token, became in self._keeper.sweep():
             log.warning("ticket %s: runner %s is gone; the ticket is %s", token.ticket[:12], token.runner, became)
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Give back what we hold and do not work at: a file server told us nothing of a claim, or failed a release."""
         for token in self.queue.tokens("claimed"):
-            if token.runner == self.name:       # a claim whose success a file server did not tell us
+            if token.runner == self.name:
                 self.queue.release(token, failed=False)
 
     def _claim(self, lease: Lease) -> Token | None:
@@ -148,29 +155,34 @@ class Runner:
 
     def _stops(self, token: Token) -> bool:
         """Whether the ticket is of a suite that is stopped; found out without claiming it."""
-        if not self.breakers.any_open():
-            return False
+        return self.breakers.any_open() and self.breakers.stops(self._digest(token))
+
+    def _digest(self, token: Token) -> str:
+        """The digest of the ticket's suite, as long as it is defined so here. Else it is filed again, or left: ""."""
         if token.ticket not in self._digests:
             try:
                 ticket = self.queue.ticket(token.ticket)
             except (TicketError, OSError):
-                return False        # for whoever claims it to deal with
+                return ""       # for whoever claims it to deal with
             suite = self.config.suites.get(ticket.suite)
             ours = suite is not None and suite.digest == ticket.suite_digest
-            self._digests[token.ticket] = ticket.suite_digest if ours else ""   # else it is filed again, or left
-        return self.breakers.stops(self._digests[token.ticket])
+            self._digests[token.ticket] = ticket.suite_digest if ours else ""
+        return self._digests[token.ticket]
 
     def _nothing_left(self) -> bool:
-        """Whether no ticket is pending that this runner may take, nor may become so by a runner that died."""
+        """Whether no ticket is pending that this runner may take, nor may become so by a runner that died, nor is held
+        by us without our knowledge."""
         pending = any(
             self._not_before.get(t.ticket) != NEVER and not self._stops(t) for t in self.queue.tokens("pending")
         )
-        return not pending and not self._keeper.unsure()
+        ours = any(t.runner == self.name for t in self.queue.tokens("claimed"))
+        return not pending and not ours and not self._keeper.unsure()
 
     def held_back(self) -> list[breaker.Open]:
         """The suites that are stopped and have tickets waiting for this runner."""
-        waiting = {self._digests.get(t.ticket) for t in self.queue.tokens("pending") if self._stops(t)}
-        return [stopped for stopped in breaker.read(self.config.queue, self.ops) if stopped.suite_digest in waiting]
+        stopped = breaker.read(self.config.queue, self.ops)
+        waiting = {self._digest(t) for t in self.queue.tokens("pending")} if stopped else set()
+        return [one for one in stopped if one.suite_digest in waiting]
 
     # ------------------------------------------------------------------ one ticket
 
@@ -183,13 +195,13 @@ class Runner:
         except TicketError as error:
             log.error("ticket %s refused: %s", token.ticket[:12], error)
             self.queue.quarantine(token, str(error))
-            self._ended(token, failed=True)
+            self.failed += 1
             return False
         except FileNotFoundError:
             return False        # reaped in the meantime; if it is ours all the same, housekeeping gives it back
         except OSError as error:
             log.error("ticket %s cannot be read: %s", token.ticket[:12], error)
-            self._retry_later(token)
+            self.failed += self._retry_later(token) == "failed"
             return True
         suite = self.config.suites.get(ticket.suite)
         if suite is None:
@@ -237,11 +249,14 @@ class Runner:
             attempt, self.evaluators[attempt.suite.name], self.config, stopping, self.progress, self.ops
         )
         store.write(root, token.result_name, result, instances, ops=self.ops)
-        if not self.queue.complete(token):
+        try:
+            committed = self.queue.complete(token)
+        except OSError:     # it may have been done; a second time it is the same, and saves the evaluation
+            committed = self.queue.complete(token)
+        if not committed:
             self._lost(token)
             return
         self.done += 1
-        self._ended(token)
         self.progress.finished(result)
         self.breakers.succeeded(attempt.suite.digest)
         try:
@@ -253,29 +268,46 @@ class Runner:
     def _refile(self, attempt: Attempt) -> None:
         """The suite is defined otherwise here than when the ticket was made: file it under our definition."""
         old, token = attempt.ticket, attempt.token
-        if token.generation >= REFILES:
+        if token.generation >= REFILES and self._refiled(old) >= REFILES:
             raise ConfigError(
                 f"suite {old.suite}: runners of this queue define it differently and file the ticket back and forth; "
                 f"give them all the same {self.config.path.name}"
             )
         fresh = tickets.new(old.manifest, old.suite, attempt.suite.digest, attempt.suite.cadence.priority, old.pin)
-        self._file(fresh)
+        if not self._file(fresh):
+            log.info("ticket %s: its suite has changed; filed again once %s is given back", old.id[:12], fresh.id[:12])
+            self._not_before[old.id] = time.monotonic() + RETRY_S
+            self.queue.release(token, failed=False)
+            return
         record = attempt.result("refiled", refiled_as=fresh.id)
         store.write(self.config.queue, token.result_name, record, (), ops=self.ops)
         if not self.queue.complete(token):
             return
-        self._ended(token)
         log.info("ticket %s: suite %s has changed; filed again as %s", old.id[:12], old.suite, fresh.id[:12])
         if self.queue.ticket(fresh.id).pin != old.pin:
             self._release_pin(old)
 
-    def _file(self, ticket: Ticket) -> None:
-        """Enqueue a ticket; one that had been filed away under the definition before is opened again."""
+    def _refiled(self, ticket: Ticket) -> int:
+        """How often it was filed under another definition. Its generation says no more than that it is no less."""
+        results = self.config.queue / "results"
+        found = 0
+        for name in self.ops.listdir(str(results)):
+            if name.startswith(ticket.id):
+                with contextlib.suppress(store.ResultError):
+                    found += store.read(results / name, self.ops).status == "refiled"
+        return found
+
+    def _file(self, ticket: Ticket) -> bool:
+        """Enqueue a ticket; one that had been filed away under the definition before is opened again. False while a
+        runner holds it: one that files it back at this moment would end it, and we the other."""
         if self.queue.enqueue(ticket):
-            return
+            return True
+        if any(t.ticket == ticket.id for t in self.queue.tokens("claimed")):
+            return False
         for token in (t for t in self.queue.tokens("done") if t.ticket == ticket.id):
             if store.read(self.config.queue / "results" / token.result_name).status == "refiled":
                 self.queue.retry(token)
+        return True
 
     def _failed(self, attempt: Attempt, failure: Failure) -> None:
         """Record why, then give the ticket another try or end it."""
@@ -290,29 +322,24 @@ class Runner:
             became = self._retry_later(token)
         else:
             became = "failed" if self.queue.fail(token) else "lost"
-            self._ended(token, failed=became == "failed")
-        self.progress.failed(result, became)
+        self.failed += became == "failed"
+        self.progress.failed(result, "no longer ours" if became == "lost" else became)
 
     def _retry_later(self, token: Token) -> str:
         """Give a ticket back after a failure that may pass; ``failed`` once it had its attempts."""
         self._not_before[token.ticket] = time.monotonic() + min(RETRY_S * 2**token.failures, RETRY_MAX_S)
         became = self.queue.release(token, failed=True, max_failures=self.config.runner.max_attempts)
         if became == "failed":
-            self._ended(token, failed=True)
+            del self._not_before[token.ticket]      # whoever retries it has mended something
         return became
 
     def _lost(self, token: Token) -> None:
         """Say where a ticket went that was taken from us; what we found does not count."""
         for t in self.queue.tokens("cancelled"):
             if t.ticket == token.ticket:
-                self._ended(token)
                 log.warning("ticket %s: cancelled: %s", t.ticket[:12], self.queue.reason(t) or "no reason was left")
                 return
         log.warning("ticket %s: another runner took it over; what this one found does not count", token.ticket[:12])
-
-    def _ended(self, token: Token, *, failed: bool = False) -> None:
-        self.failed += failed
-        self.given_back.discard(token.ticket)
 
     # ------------------------------------------------------------------ pins
 
@@ -332,8 +359,8 @@ def stopped_by_signals(runner: Runner) -> Iterator[None]:
     def handle(number: int, frame: object) -> None:
         if runner.stopped.is_set():
             raise SystemExit(128 + number)
+        runner.stopped.set()        # first: the message may fail, where the signal interrupts another
         log.warning("stopping: the ticket in hand is given back; signal again to end at once")
-        runner.stopped.set()
 
     before = {s: signal.signal(s, handle) for s in (signal.SIGTERM, signal.SIGINT)}
     try:

@@ -30,6 +30,7 @@ def main(report: int, silence: float, argv: list[str]) -> None:
     os.set_inheritable(report, False)
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
     asked: list[int] = []
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)       # ignored, as some inherit it, no end of a child is told
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda number, frame: asked.append(number))
     quiet = [(os.POSIX_SPAWN_OPEN, 0, "/dev/null", os.O_RDONLY, 0)]

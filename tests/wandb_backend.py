@@ -13,6 +13,7 @@ import gzip
 import json
 import os
 import threading
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -38,6 +39,7 @@ class Run:
     config: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
     rows: dict[int, dict[str, Any]] = field(default_factory=dict)
+    came: dict[int, float] = field(default_factory=dict)
     overwritten: int = 0
     state: str = "running"
     states: list[str] = field(default_factory=list)
@@ -48,12 +50,18 @@ class Run:
         """All rows in the order of their offsets."""
         return [self.rows[offset] for offset in sorted(self.rows)]
 
+    def shown(self, late: float) -> list[dict[str, Any]]:
+        """The history, less what came within the last `late` seconds."""
+        until = time.monotonic() - late
+        return [self.rows[offset] for offset in sorted(self.rows) if self.came.get(offset, 0.0) <= until]
+
     def put(self, offset: int, lines: list[str]) -> None:
         for i, line in enumerate(lines):
             row = json.loads(line)
             if self.rows.get(offset + i, row) != row:
                 self.overwritten += 1
             self.rows[offset + i] = row
+            self.came.setdefault(offset + i, time.monotonic())
 
     def set_state(self, state: str) -> None:
         self.state = state
@@ -71,14 +79,16 @@ class Backend:
     """The stand-in service; use `backend()`. `runs` maps "entity/project/id" to a Run.
 
     While `hang` is clear, requests are not answered until it is set again. While `loses_rows` is true, rows are
-    acknowledged and dropped. While `refuses` is a status, such as 500, every request gets that. Between `go_away` and
-    `come_back` nobody listens. `asked` counts requests.
+    acknowledged and dropped. Who reads the history sees a row only `late` seconds after it came. While `refuses` is a
+    status, such as 500, every request gets that. Between `go_away` and `come_back` nobody listens. `asked` counts
+    requests.
     """
 
     def __init__(self) -> None:
         self.runs: dict[str, Run] = {}
         self.operations: list[str] = []
         self.loses_rows = False
+        self.late = 0.0
         self.hang = threading.Event()
         self.hang.set()
         self.refuses = 0
@@ -193,7 +203,7 @@ def _read_run(b: Backend, v: dict[str, Any]) -> dict[str, Any]:
 
 def _history_page(b: Backend, v: dict[str, Any]) -> dict[str, Any]:
     run = b.find(v)
-    rows = [] if run is None else run.history()
+    rows = [] if run is None else run.shown(b.late)
     page = [json.dumps(row) for row in rows if v["minStep"] <= row.get("_step", 0) < v["maxStep"]]
     return {"project": {"run": {"history": page[: v["pageSize"]]}}}
 
@@ -204,7 +214,7 @@ def _sampled(b: Backend, v: dict[str, Any]) -> dict[str, Any]:
     low, high, keys = spec.get("minStep") or 0, spec.get("maxStep") or 1 << 62, spec["keys"]
     page = [
         {key: row[key] for key in keys}
-        for row in (run.history() if run else [])
+        for row in (run.shown(b.late) if run else [])
         if low <= row.get("_step", 0) <= high and all(key in row for key in keys)
     ]
     return {"project": {"run": {"sampledHistory": [page]}}}
@@ -212,7 +222,7 @@ def _sampled(b: Backend, v: dict[str, Any]) -> dict[str, Any]:
 
 def _parquet(b: Backend, v: dict[str, Any]) -> dict[str, Any]:
     run = b.find(v)
-    return {"project": {"run": {"parquetHistory": {"parquetUrls": [], "liveData": run.history() if run else []}}}}
+    return {"project": {"run": {"parquetHistory": {"parquetUrls": [], "liveData": run.shown(b.late) if run else []}}}}
 
 
 _VIEWER = {

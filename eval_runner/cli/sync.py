@@ -82,13 +82,11 @@ def _chosen(results: list[Result], runs: tuple[str, ...], queue: Path) -> list[R
 def _serve(sink: Sink, results: Sequence[Result], dry_run: bool, wait: float) -> list[tuple[State, Standing]]:
     """The findings, each with its state before the repair."""
     before = sink.compare(results, repair=not dry_run)
-    if dry_run:
+    if dry_run or all(finding.state not in WAITS for finding in before):
         return [(finding.state, finding) for finding in before]
     end = time.monotonic() + wait
     while not sink.flush() and time.monotonic() < end:
         time.sleep(PAUSE_S)
-    if all(finding.state not in WAITS for finding in before):
-        return [(finding.state, finding) for finding in before]
     was = {finding.ticket: finding.state for finding in before}
     return [(was.get(f.ticket, f.state), f) for f in sink.compare(results, repair=False)]
 

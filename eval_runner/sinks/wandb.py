@@ -8,10 +8,11 @@ the training process, this runner, or nobody yet. It is logged once:
   moves on to logged/, what is not goes back to points/. If nothing can be looked at, it waits, and says so.
 - Once a training process is gone, what it had put in logged/ is looked for too: it knows only that W&B had time.
 
-What W&B itself cannot tell is left: a row that the service shows later than `PAUSE_S` after it was sent would be logged
-again, and so would a row that a suspended process sends after all. All this was measured against a stand-in for the
-service, since the service itself is not reachable where the tests run: its delay between taking a row and showing it
-is not known. W&B's shared mode is not used; a run whose trainer uses it is treated as any other.
+What W&B itself cannot tell is left: a row that the service shows later than `SHOWN_S` after it was sent (the last ones
+of a training: `ENDED_STALE_S` after its end) would be logged again, and so would a row that a suspended process sends
+after all. All this was measured against a stand-in for the service, since the service itself is not reachable where the
+tests run: its delay between taking a row and showing it is not known. W&B's shared mode is not used; a run whose
+trainer uses it is treated as any other.
 """
 
 from __future__ import annotations
@@ -133,7 +134,7 @@ class WandbSink:
                 news = self._later(directory, why) != why
                 level = logging.WARNING if news and not isinstance(error, NotNow) else logging.INFO
                 log.log(level, "autoeval: the scores of %s are not in W&B yet: %s", directory.name, why)
-            count = sum(len(files.waiting(str(directory), stage)) for stage in ("points", "taken"))
+            count = _count(directory)
             if count or why:
                 self.waiting.append(Waiting(directory.name, count, why or "came meanwhile"))
             _say_why(directory, why if count else "")
@@ -177,13 +178,12 @@ class WandbSink:
     def _settle(self, directory: Path, seen: Seen, taken: list[str], logged: list[str]) -> str:
         """Look for these points in the run: what is there goes to logged/, what is not to points/. Why it is not
         certain for some, or ""."""
-        found = self._points(directory, [("taken", n) for n in taken] + [("logged", n) for n in logged])
+        found, unsure = self._points(directory, [("taken", n) for n in taken] + [("logged", n) for n in logged])
         if not found:
-            return ""
+            return unsure
         held = self.children.look(seen.run, keys(found.values()), directory / "writer.log")
         if heartbeat(str(directory / "heartbeat")) != seen.beat and seen.case.hook == "gone":
             raise NotNow("a training process has come to life in this run; the points are left to it")
-        unsure = ""
         for (stage, name), p in found.items():
             if any(holds(row, p) for row in held.rows):
                 if stage == "taken":
@@ -199,8 +199,11 @@ class WandbSink:
                 files.move(str(directory), f"{stage}/{name}", f"points/{p.ticket}.json", self._context.ops)
         return unsure
 
-    def _points(self, directory: Path, found: Iterable[tuple[str, str]]) -> dict[tuple[str, str], files.Point]:
-        points = {}
+    def _points(
+        self, directory: Path, found: Iterable[tuple[str, str]]
+    ) -> tuple[dict[tuple[str, str], files.Point], str]:
+        """These points, and why one of them cannot be read now, or ""."""
+        points, unread = {}, ""
         for stage, name in found:
             try:
                 points[stage, name] = files.read_point(str(directory), name, stage)
@@ -209,7 +212,9 @@ class WandbSink:
                 files.set_aside(str(directory), name, str(error), stage)
             except FileNotFoundError:
                 continue
-        return points
+            except OSError as error:    # it must not hold up the others
+                unread = f"{stage}/{name} cannot be read: {error.strerror}"
+        return points, unread
 
     def _later(self, directory: Path, why: str) -> str:
         """Let some time pass before the next try; why the last one failed."""
@@ -295,6 +300,13 @@ def _place(ops: fsio.FileOps, directory: Path, name: str, data: bytes) -> None:
     finally:
         fsio.remove(ops, str(tmp))
     ops.sync_dir(str(stage))
+
+
+def _count(directory: Path) -> int:
+    """How many points of the run wait; 0 where its directory cannot be listed, of which `_move` has said why."""
+    with contextlib.suppress(OSError):      # one run's must not keep the others from their turn
+        return sum(len(files.waiting(str(directory), stage)) for stage in ("points", "taken"))
+    return 0
 
 
 def _say_why(directory: Path, why: str) -> None:

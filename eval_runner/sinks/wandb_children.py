@@ -25,6 +25,8 @@ from eval_runner.sinks.wandb_writer import Request
 log = logging.getLogger("autoeval")
 
 WRITER_TIMEOUT_S, LOOK_TIMEOUT_S = 300.0, 120.0
+SHOWN_S = 30.0
+"""A row that the service shows later than this after it was sent counts as lost, and is logged again."""
 OFFLINE = ("offline", "dryrun")
 _KEPT = {
     *("WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR"),
@@ -72,7 +74,7 @@ class Children:
             request = Request(
                 look=look, companion=seen.case.way == "companion", logs_by_step=seen.by_step, who=who,
                 directory=str(_parent(self._offline_dir(seen.run))) if look.offline else scratch,
-                relay=str(directory), broken=broken, heartbeat_seen=seen.beat,
+                relay=str(directory), broken=broken, heartbeat_seen=seen.beat, patience=SHOWN_S,
             )  # fmt: skip
             try:
                 self._run("wandb_writer", request, Path(scratch), directory / "writer.log")

@@ -7,6 +7,7 @@ logged as ever; what is there and was thought to wait goes to logged/.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,11 +29,16 @@ AGAIN = "again"
 
 def where(directory: Path, ticket: str) -> str:
     """Where the point of a ticket stands, ``<stage>/<name>``; "" if nowhere. A point moves in the order of STAGES."""
+    return places(directory).get(ticket, "")
+
+
+def places(directory: Path) -> dict[str, str]:
+    """Ticket → where its point stands."""
+    found: dict[str, str] = {}
     for stage in files.STAGES:
         for name in files.waiting(str(directory), stage):
-            if files.ticket_of(name) == ticket:
-                return f"{stage}/{name}"
-    return ""
+            found.setdefault(files.ticket_of(name), f"{stage}/{name}")
+    return found
 
 
 def compare(sink: WandbSink, results: Sequence[Result], *, repair: bool) -> list[Standing]:
@@ -42,17 +48,28 @@ def compare(sink: WandbSink, results: Sequence[Result], *, repair: bool) -> list
         seen = sink.seen(run)
         output = sink.directory(run).parents[1] / "logs" / "wandb-sync.log"
         output.parent.mkdir(parents=True, exist_ok=True)
+        # Before the look: what is logged after it is not there yet, and is not missing.
+        stand = places(sink.directory(seen.run))
         held = sink.children.look(seen.run, ((STEP, AXIS), *keys(points, values=True)), output)
         if not held.exists:
             raise AutoEvalError("W&B has no such run: it was deleted, or run.entity and run.project are not right")
-        matches = {p.ticket: [row for row in held.rows if holds(row, p)] for p in points}
+        # A step that is no number is no row of ours, whoever logged it.
+        rows = [row for row in held.rows if isinstance(row[AXIS], int | float) and math.isfinite(row[AXIS])]
+        at: dict[float, list[Row]] = {}
+        for row in rows:
+            at.setdefault(row[AXIS], []).append(row)
+        matches = {p.ticket: [row for row in at.get(p.step, ()) if holds(row, p)] for p in points}
         ours = {id(row) for rows in matches.values() for row in rows}
-        free = [row for row in held.rows if id(row) not in ours]
+        free = [row for row in rows if id(row) not in ours]
         found = []
         for result, p in zip(results, points, strict=True):
-            state, says = _stands(sink, seen, held, p, matches[p.ticket], free)
+            place = stand.get(p.ticket, "")
+            state, says = _stands(sink, seen, held, p, place, matches[p.ticket], free)
             if repair:
-                _repair(sink, seen, p, there=bool(matches[p.ticket]), missing=state == "missing")
+                try:
+                    _repair(sink, seen, p, place, there=bool(matches[p.ticket]), missing=state == "missing")
+                except (AutoEvalError, OSError) as error:       # it must not hold up the others
+                    says = f"{says}; it cannot be repaired: {error}".removeprefix("; ")
             found.append(Standing(run.key, result.suite, p.step, p.ticket, state, says))
     except (AutoEvalError, OSError) as error:
         return [Standing(run.key, r.suite, r.step, r.ticket, "unclear", str(error)) for r in results]
@@ -60,14 +77,14 @@ def compare(sink: WandbSink, results: Sequence[Result], *, repair: bool) -> list
 
 
 def _stands(
-    sink: WandbSink, seen: Seen, held: Held, p: Point, rows: list[Row], free: list[Row]
+    sink: WandbSink, seen: Seen, held: Held, p: Point, place: str, rows: list[Row], free: list[Row]
 ) -> tuple[State, str]:
     if len(rows) > 1:
         return "twice", f"{len(rows)} rows of the run have it; W&B cannot remove a row"
     if rows:
         other = _other(rows[0], p)
         return ("different", other) if other else ("shown", "")
-    stage, _, name = where(sink.directory(seen.run), p.ticket).partition("/")
+    stage, _, name = place.partition("/")
     if stage == "points":
         return "waiting", seen.case.why
     if stage and sink.lives(seen.run, files.owner_of(name), seen):
@@ -82,9 +99,7 @@ def _stands(
     return "missing", ""
 
 
-def _repair(sink: WandbSink, seen: Seen, p: Point, *, there: bool, missing: bool) -> None:
-    directory = sink.directory(seen.run)
-    place = where(directory, p.ticket)
+def _repair(sink: WandbSink, seen: Seen, p: Point, place: str, *, there: bool, missing: bool) -> None:
     stage, _, name = place.partition("/")
     if missing:
         _to(sink, seen, p, place, f"points/{p.ticket}.json")
@@ -93,9 +108,10 @@ def _repair(sink: WandbSink, seen: Seen, p: Point, *, there: bool, missing: bool
 
 
 def _to(sink: WandbSink, seen: Seen, p: Point, place: str, to: str) -> None:
+    directory = sink.directory(seen.run)
     if place:
-        files.move(str(sink.directory(seen.run)), place, to)
-    else:
+        files.move(str(directory), place, to)       # nothing, if it went on meanwhile
+    elif not where(directory, p.ticket):
         sink.offer(seen.run, p, to)
 
 

@@ -18,6 +18,7 @@ of the constants of `wandb_reader`; the last line of the output says what was do
 from __future__ import annotations
 
 import sys
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,7 +29,7 @@ from autoeval_hooks import strict
 from autoeval_hooks.errors import TicketError
 from autoeval_hooks.fsio import FileOps
 from autoeval_hooks.relay import define
-from autoeval_hooks.relay_files import POINT_BYTES, Point
+from autoeval_hooks.relay_files import POINT_BYTES, Point, clock
 from eval_runner.sinks.wandb_lease import Lease
 from eval_runner.sinks.wandb_reader import (
     BUSY,
@@ -46,6 +47,8 @@ from eval_runner.sinks.wandb_reader import (
 )
 
 HF_STEP = "train/global_step"
+AGAIN_S = 2.0
+"""Between two looks at what the service shows."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,8 @@ class Request:
     """What the holder of the lease has shown for so long that it counts as dead; "" if there is none."""
     heartbeat_seen: str
     """The training process's heartbeat that stood still; "" if there was none."""
+    patience: float
+    """For how long (s) the service is given to show what it took."""
 
 
 @dataclass
@@ -94,13 +99,15 @@ def deliver(request: Request) -> str:
     if not lease.acquire(request.broken):
         raise Busy("another runner logs them")
     with lease.beating():
-        points = _points(request)
+        points, unread = _points(request)
         present = _present(request, points)
         there = [point for point in points if point.ticket in present]
         _settle(request, _take(request, there))
         missing = [point for point in points if point.ticket not in present]
         if missing:
             missing = _deliver(request, lease, missing)
+    if unread:
+        raise Refused(f"{len(unread)} point(s) cannot be read here, such as {unread[0]}")
     return f"{len(missing)} point(s) logged, {len(there)} were there already"
 
 
@@ -109,7 +116,10 @@ def _deliver(request: Request, lease: Lease, missing: list[Point]) -> list[Point
     _check_alone(request, lease)
     if not (taken := _log(request, target, missing)):
         return []
-    present = _present(request, taken)
+    end = clock() + request.patience
+    # As long as the lease is ours, nobody else looks, and takes what does not show yet for lost.
+    while len(present := _present(request, taken)) < len(taken) and not request.look.offline and clock() < end:
+        time.sleep(AGAIN_S)
     _settle(request, [point for point in taken if point.ticket in present])
     _check_alone(request, lease)
     if lost := [point for point in taken if point.ticket not in present]:
@@ -117,8 +127,9 @@ def _deliver(request: Request, lease: Lease, missing: list[Point]) -> list[Point
     return taken
 
 
-def _points(request: Request) -> list[Point]:
-    points = []
+def _points(request: Request) -> tuple[list[Point], list[str]]:
+    """The points that wait, and those that cannot be read now, each with why: they must not hold up the others."""
+    points, unread = [], []
     for name in files.waiting(request.relay):
         try:
             points.append(files.read_point(request.relay, name))
@@ -127,7 +138,9 @@ def _points(request: Request) -> list[Point]:
             files.set_aside(request.relay, name, str(error))
         except FileNotFoundError:       # another took it
             continue
-    return sorted(points, key=lambda point: (point.step, point.ticket))
+        except OSError as error:
+            unread.append(f"{name}: {error.strerror}")
+    return sorted(points, key=lambda point: (point.step, point.ticket)), unread
 
 
 def _present(request: Request, points: list[Point]) -> set[str]:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -20,6 +22,8 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
     monkeypatch.setattr(runner, "RETRY_S", 0.001)
     monkeypatch.setattr(runner, "IDLE_S", (0.001, 0.01))
     monkeypatch.setattr(runner, "SETTLE_S", 60.0)
+    fast = SimpleNamespace(time=time.time, monotonic=lambda: 60 * time.monotonic())     # its housekeeping is due sooner
+    monkeypatch.setattr(runner, "time", fast)
     monkeypatch.setattr(publisher, "PERIOD_S", 0.005)
     # A file of 200 bytes is large: it is linked into a pin, and digested by its ends and blocks.
     for name, value in (("WHOLE", 64), ("END", 16), ("BLOCK", 4), ("BLOCKS", 4)):

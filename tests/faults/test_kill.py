@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from tests.faults.harness import KILLS, PAUSE, SCENARIOS, Lab, Scenario
+from tests.faults.harness import Lab
+from tests.faults.points import KILLS, PAUSE
+from tests.faults.scenarios import SCENARIOS, Scenario
 
-pytestmark = [pytest.mark.faults, pytest.mark.slow]
+pytestmark = [pytest.mark.faults, pytest.mark.slow, pytest.mark.timeout(3600)]
 every_scenario = pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda s: s.name)
 
 

@@ -7,7 +7,11 @@ from pathlib import Path
 import pytest
 
 from autoeval_hooks.fsio import FileOps
-from tests.faults.harness import ERRORS, KILLS, LASTING, PAUSE, REPLIES, SCENARIOS, Fault, Lab, Point, Scenario, Trial
+from tests.faults.harness import Lab, Trial
+from tests.faults.points import ERRORS, KILLS, LASTING, PAUSE, REPLIES, Fault, Point
+from tests.faults.scenarios import SCENARIOS, Scenario
+
+pytestmark = pytest.mark.timeout(1800)
 
 
 @pytest.mark.parametrize("scenario", SCENARIOS, ids=lambda s: s.name)

@@ -232,8 +232,10 @@ def point(
         relay = tmp_path / "queue" / "relay" / result.run.key
         shutil.rmtree(relay, ignore_errors=True)
         (relay / stage).mkdir(parents=True)
-        tails = {"points": ".json", "refused": ".json.x"}
-        (relay / stage / (result.ticket + tails.get(stage, "~me"))).write_text("{}")
+        name = result.ticket + {"points": ".json", "refused": ".json"}.get(stage, "~me")
+        (relay / stage / name).write_text("{}")
+        if stage == "refused":
+            relay_files.set_aside(str(relay), name, "a name for no score", stage)
         (relay / "identity.json").write_bytes(relay_files.encode(result.run))
         return relay
 
@@ -260,10 +262,9 @@ def test_a_point_that_is_not_made_yet(point: Callable[[str], Path], tell: Tell, 
 
 def test_a_point_that_was_refused(point: Callable[[str], Path], tell: Tell) -> None:
     relay = point("refused")
-    assert "refused: no reason was left" in only(tell(100)).outcome
-    (name,) = (relay / "refused").iterdir()
-    name.with_name(f"{name.name}.reason").write_text("a name for no score\n")
     assert "its point was refused: a name for no score" in only(tell(100)).outcome
+    next((relay / "refused").glob("*.reason")).unlink()
+    assert "refused: no reason was left" in only(tell(100)).outcome
 
 
 def test_why_a_point_waits(point: Callable[[str], Path], tell: Tell) -> None:

@@ -112,8 +112,8 @@ def _completions(base: Path, run: str) -> list[str]:
     return [r["result"]["completions"][0]["text"] for r in json.loads(state.read_text())["request_states"]]
 
 
-def test_all_scores_are_there_with_their_metric_split_and_size(outcomes: dict[str, Outcome]) -> None:
-    for outcome in outcomes.values():
+def test_all_scores_are_there_with_their_metric_split_and_size(outcomes: dict[str, Outcome], base: Path) -> None:
+    for run, outcome in outcomes.items():
         found = [(s.benchmark, s.metric, s.split, s.n, s.higher_is_better) for s in outcome.evaluation.scores]
         assert found == [
             ("autoeval_bpb.code", "bits_per_byte", "test", 3, False),
@@ -121,6 +121,8 @@ def test_all_scores_are_there_with_their_metric_split_and_size(outcomes: dict[st
             ("dyck_language.2", "exact_match_indicator", "test", 20, True),
         ]
         assert {"crfm-helm", "transformers", "torch"} <= outcome.evaluation.versions.keys()
+        log = (base / f"step-100-{run}.log").read_text()
+        assert f'device set to "{outcome.evaluation.versions["device"]}' in log
         assert sorted(Path(p).name for p in outcome.evaluation.provenance) == ["documents.jsonl", "questions.jsonl"]
         assert all(d.startswith("sha256:") for d in outcome.evaluation.provenance.values())
 

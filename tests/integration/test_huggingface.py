@@ -194,6 +194,22 @@ def test_a_save_without_an_event_is_found_when_training_ends(
     assert sorted(pins) == sorted(t.id for t in found.values())     # what failed meanwhile left none behind
 
 
+def test_what_was_handed_over_is_not_read_again_when_training_ends(
+    tmp_path: Path, config: Path, tickets: Tickets, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+
+    def build(directory: str, *, step: int, **known: object) -> manifest.Manifest:
+        read.append(step)
+        return build_manifest(directory, step=step, **known)    # type: ignore[arg-type]
+
+    build_manifest = manifest.build
+    monkeypatch.setattr(manifest, "build", build)
+    trainer(tmp_path / "out", AutoEvalCallback(config)).train()
+    assert sorted(tickets()) == [("quick", 2), ("quick", 4), ("quick", 6), ("slow", 4)]
+    assert read == [2, 4, 6]
+
+
 def test_a_hanging_file_system_costs_one_deadline_and_a_warning(
     tmp_path: Path, config: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -362,6 +362,34 @@ def test_a_hyper_parameter_search_saves_elsewhere(
     assert any("hook.save_total_limit = 1" in r.getMessage() for r in caplog.records)
 
 
+def test_a_trial_that_is_handed_over_late_is_not_taken_for_a_later_one(
+    tmp_path: Path, config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    away = threading.Event()
+    away.set()
+
+    def make(*arguments: Any) -> str:
+        if away.is_set():
+            raise OSError(122, "Disk quota exceeded")
+        return made(*arguments)
+
+    made = pin.make
+    monkeypatch.setattr(pin, "make", make)
+    monkeypatch.setattr("autoeval_hooks.delivery.FIRST_PAUSE_S", 0.1)
+    callback, later = AutoEvalCallback(config_file, hook={"deadline": 2.0}), Trial()
+    later.number = 8
+    for trial in (Trial(), later):
+        trained = trainer(tmp_path / "out", callback, steps=2)
+        trained.hp_search_backend, trained.hp_space = HPSearchBackend.OPTUNA, lambda trial: {}
+        trained.train(trial=trial)
+    away.clear()
+    queue, end = Queue(str(tmp_path / "queue")), time.monotonic() + 60
+    while len(tokens := list(queue.tokens("pending"))) < 2 and time.monotonic() < end:
+        time.sleep(0.1)
+    paths = {queue.read(token).manifest.path for token in tokens}
+    assert paths == {str(tmp_path / "out" / f"run-{n}" / "checkpoint-2") for n in (7, 8)}
+
+
 # ---------------------------------------------------------------------- whose rotation deletes what
 
 

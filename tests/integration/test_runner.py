@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from click.testing import CliRunner
@@ -20,7 +21,7 @@ from eval_runner import config as configs
 from eval_runner.cli import cli
 from eval_runner.progress import Progress
 from eval_runner.results import store
-from eval_runner.runner import Runner
+from eval_runner.runner import REFILES, Runner
 from tests.stand_ins import Shown, StandIn
 
 MakeCheckpoint = Callable[..., Path]
@@ -195,6 +196,21 @@ def test_a_suite_that_is_changed_back_is_evaluated_as_it_was(
     assert os.listdir(tmp_path / "out" / ".autoeval" / "pins") == []
 
 
+def test_a_ticket_that_was_handed_out_often_is_filed_again_all_the_same(
+    tmp_path: Path, checkpoint: MakeCheckpoint, config_file: Path, run: Run
+) -> None:
+    """As where batch jobs were preempted again and again, or the suite was stopped for days, until it was mended."""
+    submit(checkpoint(100), step=100, config=config_file)
+    queue = Queue(str(tmp_path / "queue"))
+    for _ in range(REFILES + 5):
+        token = queue.claim()
+        assert token is not None
+        assert queue.release(token, failed=False) == "pending"
+    config_file.write_text(config_file.read_text().replace("entries: [a]", "entries: [b]"))
+    assert run(StandIn()).failed == 0
+    assert sorted(r.status for r in store.done(tmp_path / "queue")[0]) == ["ok", "refiled"]
+
+
 def test_runners_that_disagree_on_a_suite_do_not_file_it_back_and_forth_for_ever(
     tmp_path: Path, checkpoint: MakeCheckpoint, config_file: Path
 ) -> None:
@@ -212,6 +228,34 @@ def test_runners_that_disagree_on_a_suite_do_not_file_it_back_and_forth_for_ever
     assert i < 199
     reasons = [f.failure.message for f in store.collect(tmp_path / "queue").failed]
     assert any("runners of this queue define it differently" in reason for reason in reasons)
+
+
+def test_two_runners_that_file_a_ticket_into_each_others_hands_do_not_both_end_it(
+    tmp_path: Path, checkpoint: MakeCheckpoint, config_file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the runners of a queue are restarted one by one with a changed suite."""
+    submit(checkpoint(100), step=100, config=config_file)
+    other = tmp_path / "other.yaml"
+    other.write_text(config_file.read_text().replace("entries: [a]", "entries: [b]"))
+    with Progress() as progress:
+        new, old = (Runner(configs.load(str(f)), {"quick": [StandIn()]}, {}, progress) for f in (other, config_file))
+
+        def file(runner: Runner) -> None:
+            token = Queue(runner.queue.root, runner=runner.name).claim()
+            assert token is not None
+            runner._process(token, None)  # type: ignore[arg-type]  # as above
+
+        def meanwhile(*arguments: Any, **options: Any) -> Path:
+            with monkeypatch.context() as patch:
+                patch.setattr(store, "write", write)
+                file(new)       # the old one has reopened its ticket, and holds the new one's still
+            return write(*arguments, **options)
+
+        file(new)
+        write = store.write
+        monkeypatch.setattr(store, "write", meanwhile)
+        file(old)
+    assert sorted(states(tmp_path)) == ["done", "pending"]
 
 
 def test_weights_that_came_later_are_refused(

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 
 from autoeval_hooks import submit
 from autoeval_hooks.errors import AutoEvalError, CheckpointError, ConfigError
+from autoeval_hooks.fsio import FileOps
 from autoeval_hooks.keeper import boottime
 from autoeval_hooks.queue import Queue
 from eval_runner import config as configs
@@ -209,6 +210,123 @@ def test_a_claim_that_a_file_server_did_not_confirm_is_given_back(
     Queue(str(tmp_path / "queue"), runner="r1").claim()     # done on the server, and `r1` does not know
     run(StandIn(), name="r1")
     assert states(tmp_path) == ["done"]
+
+
+class Mute(FileOps):
+    """A file server that moves a token from one state to another, or (not `done`) does not, and says that it failed."""
+
+    def __init__(self, src: str, dst: str, done: bool = True) -> None:
+        self.way, self.done, self.faults = (f"/{src}/", f"/{dst}/"), done, 1
+
+    def rename(self, src: str, dst: str) -> None:
+        fails = self.faults and self.way[0] in src and self.way[1] in dst
+        if not fails or self.done:
+            super().rename(src, dst)
+        if fails:
+            self.faults = 0
+            raise OSError(5, "Input/output error", src)
+
+
+def test_a_drain_does_not_end_with_a_claim_that_it_does_not_know_of(
+    tmp_path: Path, checkpoint: MakeCheckpoint, config_file: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runners, "IDLE_S", (0.01, 0.05))
+    submit(checkpoint(100), step=100, config=config_file)
+    with Progress() as progress:
+        config = configs.load(str(config_file))
+        Runner(config, {"quick": [StandIn()]}, {}, progress, ops=Mute("pending", "claimed")).run("drain")
+    assert states(tmp_path) == ["done"]
+
+
+def test_one_ticket_is_evaluated_and_none_is_kept(
+    tmp_path: Path, checkpoint: MakeCheckpoint, config_file: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runners, "IDLE_S", (0.01, 0.05))
+    for step in (100, 200):
+        submit(checkpoint(step, b"w" * step), step=step, config=config_file)
+    with Progress() as progress:
+        config = configs.load(str(config_file))
+        Runner(config, {"quick": [StandIn()]}, {}, progress, ops=Mute("pending", "claimed")).run("once")
+    assert sorted(states(tmp_path)) == ["done", "pending"]
+
+
+def test_a_stop_gives_the_ticket_back_though_the_file_system_fails_at_first(
+    tmp_path: Path, checkpoint: MakeCheckpoint, config_file: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runners, "IDLE_S", (0.01, 0.05))
+    submit(checkpoint(100), step=100, config=config_file)
+
+    def stop(job: Job) -> None:
+        runner.stopped.set()
+        raise Stopped("told to")
+
+    with Progress() as progress:
+        config = configs.load(str(config_file))
+        ops = Mute("claimed", "pending", done=False)
+        runner = Runner(config, {"quick": [StandIn(during=stop)]}, {}, progress, ops=ops)
+        runner.run("forever")
+    (token,) = Queue(str(tmp_path / "queue")).tokens()
+    assert (ops.faults, token.state, token.failures) == (0, "pending", 0)
+
+
+@pytest.mark.parametrize("done", [True, False])
+def test_a_commit_that_a_file_server_did_not_confirm_costs_no_evaluation(
+    tmp_path: Path, checkpoint: MakeCheckpoint, config_file: Path, quick: None, done: bool
+) -> None:
+    submit(checkpoint(100), step=100, config=config_file)
+    evaluator, sink = StandIn(), Shown()
+    with Progress() as progress:
+        config = configs.load(str(config_file))
+        ops = Mute("claimed", "done", done)
+        runner = Runner(config, {"quick": [evaluator]}, {"shown": sink}, progress, ops=ops)
+        assert runner.run("drain")
+    assert ops.faults == 0
+    assert (states(tmp_path), len(evaluator.jobs), len(sink.results)) == (["done"], 1, 1)
+    assert (runner.done, runner.failed, runner.given_back) == (1, 0, set())
+    assert os.listdir(tmp_path / "queue" / "breakers") == []
+    assert os.listdir(tmp_path / "out" / ".autoeval" / "pins") == []
+
+
+def test_what_another_runner_finished_was_not_given_back(
+    tmp_path: Path, checkpoint: MakeCheckpoint, config_file: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submit(checkpoint(100), step=100, config=config_file)
+    submit(checkpoint(200, b"two"), step=200, config=config_file)
+    monkeypatch.setattr(runners, "RETRY_S", 3600.0)
+
+    def meanwhile(job: Job) -> None:        # while the second is evaluated: the first, which failed here
+        if not evaluator.faults and not other:
+            other.append(Runner(configs.load(str(config_file)), {"quick": [StandIn()]}, {}, progress))
+            other[0].run("once")
+
+    other: list[Runner] = []
+    evaluator = StandIn([AutoEvalError("out of memory")], during=meanwhile)
+    with Progress() as progress:
+        runner = run(evaluator)
+    assert states(tmp_path) == ["done", "done"]
+    assert (runner.done, runner.given_back, other[0].done) == (1, set(), 1)
+
+
+def test_a_ticket_that_is_retried_is_taken_at_once(
+    tmp_path: Path, checkpoint: MakeCheckpoint, config_file: Path, quick: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config_file.write_text(config_file.read_text().replace("lease: 6.0", "lease: 6.0, max_attempts: 1"))
+    submit(checkpoint(100), step=100, config=config_file)
+    submit(checkpoint(200, b"two"), step=200, config=config_file)
+    monkeypatch.setattr(runners, "RETRY_S", 3600.0)
+
+    def retry(job: Job) -> None:
+        for token in Queue(str(tmp_path / "queue")).tokens("failed"):
+            assert Queue(str(tmp_path / "queue")).retry(token)
+
+    with Progress() as progress:
+        evaluators = {"quick": [StandIn([AutoEvalError("out of memory")], during=retry)]}
+        runner = Runner(configs.load(str(config_file)), evaluators, {}, progress)  # type: ignore[arg-type]
+        late = threading.Timer(60, runner.stopped.set)
+        late.start()
+        runner.run("drain")
+        late.cancel()
+    assert states(tmp_path) == ["done", "done"]
 
 
 def test_a_file_system_that_stalls_does_not_end_the_runner(

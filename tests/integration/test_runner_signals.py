@@ -15,7 +15,10 @@ import pytest
 
 from autoeval_hooks import submit
 from autoeval_hooks.queue import Queue
+from eval_runner import config as configs
+from eval_runner import runner as runners
 from eval_runner import scratch
+from eval_runner.progress import Progress
 from tests.processes import MARK, marked, wait_for
 
 ROOT = Path(__file__).parents[2]
@@ -98,6 +101,20 @@ def test_one_signal_gives_the_ticket_back_and_a_second_ends_at_once(
     assert (token.state, token.failures) == (state, 0)       # what was not given back is reaped by another runner
     assert os.listdir(tmp_path / "queue" / "hb") == []
     assert os.listdir(tmp_path / "tmp") == []
+
+
+def test_a_signal_counts_though_its_message_fails(config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where it comes in the midst of another message, and standard error refuses to be entered twice."""
+
+    def fails(*args: object) -> None:
+        raise RuntimeError("reentrant call")
+
+    monkeypatch.setattr(runners.log, "warning", fails)
+    with Progress() as progress:
+        runner = runners.Runner(configs.load(str(config)), {}, {}, progress)
+        with pytest.raises(RuntimeError, match="reentrant"), runners.stopped_by_signals(runner):
+            signal.raise_signal(signal.SIGTERM)
+    assert runner.stopped.is_set()
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])

@@ -54,6 +54,7 @@ def make_sink(tmp_path: Path, service: Backend, monkeypatch: pytest.MonkeyPatch)
     for key, value in {"STALE_S": 0.3, "ENDED_STALE_S": 0.1}.items():
         monkeypatch.setattr(files, key, value)
     monkeypatch.setattr(sinks, "PAUSE_S", 0.05)
+    monkeypatch.setattr(wandb_children, "SHOWN_S", 0.0)
 
     def make(runner: str = "r-1", **settings: str) -> WandbSink:
         return WandbSink(settings, Context(queue=tmp_path / "q", runner=runner, where="sinks[0]"))
@@ -290,6 +291,24 @@ def test_two_runners_and_one_that_died(tmp_path: Path, service: Backend, make_si
     assert run.summary["loss"] == {"min": pytest.approx(1 / 3)}
     first.publish(result(5, ours(service)))
     assert os.listdir(directory / "points") == []
+
+
+def test_a_row_that_shows_late_is_not_logged_again_by_the_other_runner(
+    tmp_path: Path, service: Backend, make_sink: MakeSink, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wandb_children, "SHOWN_S", 60.0)
+    train(environment(tmp_path / "t", "online", service.url), tmp_path / "q", 3, planned=3, leave="finish")
+    first, second = make_sink("r-1"), make_sink("r-2")
+    first.publish(result(5, ours(service)))
+    service.late = 8.0
+    for sink in (first, second):
+        sink.flush()
+    time.sleep(0.5)
+    end = time.monotonic() + 90
+    while not first.flush() and "watching" in first.waiting[0].why and time.monotonic() < end:
+        time.sleep(0.05)
+    assert flush(second, 90.0)
+    assert scores(rows(service)) == expected(5)
 
 
 def test_training_that_comes_back_meanwhile_gets_the_points(

@@ -21,6 +21,7 @@ from autoeval_hooks import relay_files as files
 from autoeval_hooks.run_identity import RunIdentity
 from eval_runner.cli import cli
 from eval_runner.sinks import wandb as sinks
+from eval_runner.sinks import wandb_children
 from eval_runner.sinks.base import Context
 from eval_runner.sinks.wandb import WandbSink
 from tests import results_samples, wandb_log
@@ -56,6 +57,7 @@ def queue(tmp_path: Path, service: Backend, monkeypatch: pytest.MonkeyPatch) -> 
     for key, value in {"STALE_S": 0.5, "ENDED_STALE_S": 0.3}.items():
         monkeypatch.setattr(files, key, value)
     monkeypatch.setattr(sinks, "PAUSE_S", 0.05)
+    monkeypatch.setattr(wandb_children, "SHOWN_S", 0.0)
     return results_samples.queue(tmp_path / "q")
 
 

@@ -48,6 +48,42 @@ def test_failing_work_is_tried_again_and_holds_nobody_up(
     assert len(messages) == 2
 
 
+def test_what_fails_for_ever_does_not_hold_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Enough of it that the thread is never idle between two tries."""
+    monkeypatch.setattr(delivery, "FIRST_PAUSE_S", 0.01)
+    monkeypatch.setattr(delivery, "LONGEST_PAUSE_S", 0.01)
+    over = threading.Event()
+
+    def refuse() -> None:
+        if not over.wait(0.02):
+            raise OSError("quota exceeded")
+
+    work, ended = Delivery(), threading.Event()
+    for i in range(20):
+        work.put(refuse, f"work {i}")
+    threading.Thread(target=lambda: work.finish(1) or ended.set(), daemon=True).start()
+    try:
+        assert ended.wait(20)
+    finally:
+        over.set()
+
+
+def test_the_end_waits_for_what_failed_once_and_gets_done(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(delivery, "FIRST_PAUSE_S", 0.01)
+    tried: set[int] = set()
+
+    def work(i: int) -> None:
+        if i not in tried:
+            tried.add(i)
+            raise OSError("the queue is away")
+        time.sleep(0.3)
+
+    slow = Delivery()
+    for i in range(8):
+        slow.put(lambda i=i: work(i), f"work {i}")
+    assert slow.finish(1.5)         # all of it takes longer than that, each of it does not
+
+
 def test_what_cannot_succeed_is_given_up_and_freed(caplog: pytest.LogCaptureFixture) -> None:
     freed: list[int] = []
 

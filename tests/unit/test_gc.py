@@ -288,6 +288,30 @@ def test_what_is_retried_meanwhile_stays(checkpoint: MakeCheckpoint, config: Pat
     assert os.path.isdir(path)
 
 
+def test_what_another_frees_meanwhile_is_no_problem(
+    checkpoint: MakeCheckpoint, config: Path, tmp_path: Path, gc: Gc, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a runner does that is at work."""
+    queue, pins = Queue(str(tmp_path / "queue"), runner="r"), []
+    for step in (100, 200):
+        submit(checkpoint(step), step=step, config=config)
+        (token,) = queue.tokens("pending")
+        pins.append(queue.read(token).pin)
+        bring(queue, token.ticket, "done")
+    first, second = sorted(pins)
+
+    def lstat(path: str) -> os.stat_result:
+        if path == first:
+            os.rename(path, tmp_path / "freed")
+        return real(path)
+
+    real = os.lstat
+    monkeypatch.setattr(os, "lstat", lstat)
+    result = gc()
+    assert result.exit_code == 0, result.stderr
+    assert [line[3] for line in lines(result)] == [second]
+
+
 def test_a_live_ticket_that_cannot_be_read_keeps_every_pin(
     checkpoint: MakeCheckpoint, config: Path, tmp_path: Path, gc: Gc
 ) -> None:

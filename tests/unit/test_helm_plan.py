@@ -21,14 +21,14 @@ NAN = "Removing stat m because its value is NaN\n"
 
 
 class StandIn:
-    """Answers as HELM's parser, probe and run do; each entry is a run of one instance."""
+    """Answers as HELM's parser, probe and run do; each entry is a run of one instance, or, named ``many``, two."""
 
     def __init__(self) -> None:
         self.probes: list[dict[str, Any]] = []
         self.limits: dict[str, Any] = {}
         self.ran: list[list[str]] = []
         self.answer: dict[str, Any] = {}
-        self.nan_in = self.missing_in = self.stops_in = self.fails_in = self.torn_in = ""
+        self.nan_in = self.missing_in = self.stops_in = self.fails_in = self.torn_in = self.dies_after = ""
 
     def run(
         self, argv: list[str], *, log: Path, cwd: Path, on_tick: Callable[[], None] = lambda: None, **limits: Any
@@ -41,15 +41,17 @@ class StandIn:
         else:
             self.probes.append(json.loads(Path(argv[2]).read_text()))
             run = {"metric": "m", "split": "test", "lower_is_better": {}}
-            entries = [{"runs": [run]} for _ in self.probes[-1]["entries"]]
+            entries = [{"runs": [run] * (1 + e.startswith("many"))} for e in self.probes[-1]["entries"]]
             Path(argv[3]).write_text(json.dumps({"versions": {}, "entries": entries} | self.answer))
         return 0
 
     def _evaluate(self, log: Path, cwd: Path, on_tick: Callable[[], None]) -> int:
         entries = json.loads((cwd / "runs.conf").read_text())["entries"]
         self.ran.append([entry["description"].split(":")[0] for entry in entries])
-        for entry in entries:
-            name = f"{entry['description']},groups={entry['groups'][0]}".replace("/", "_")
+        runs = [(e, number) for e in entries for number in range(1 + e["description"].startswith("many"))]
+        for entry, number in runs:
+            argument = f"number={number}," if entry["description"].startswith("many") else ""
+            name = f"{entry['description']},{argument}groups={entry['groups'][0]}".replace("/", "_")
             spec = name.split(":")[0]
             directory = cwd / "output" / "runs" / "autoeval" / name
             directory.mkdir(parents=True)
@@ -66,6 +68,8 @@ class StandIn:
                 file.write(f"Running {name} {{\n" + (NAN if spec == self.nan_in else ""))
             if spec == self.torn_in:
                 (directory / "per_instance_stats.json").write_text("[{")
+            if spec == self.dies_after:
+                return -9
         return int(bool(self.fails_in))
 
 
@@ -198,6 +202,19 @@ def test_a_run_that_fails_has_those_beside_it_kept(helm: StandIn, tmp_path: Path
     assert helm.ran == [["one", "two", "three"], ["two"]]
 
 
+def test_an_entry_of_several_runs_is_kept_only_with_all_of_them(helm: StandIn, tmp_path: Path) -> None:
+    """HELM is killed between two of them: the first is no answer for all."""
+    one, parts = _evaluator(tmp_path, entries=["one", "many"]), Remembers()
+    helm.dies_after = "many"
+    with pytest.raises(AutoEvalError, match=r"HELM failed at .*entries\[1\] \(many\)"):
+        one.evaluate(_job(tmp_path, "a", parts))
+    assert len(parts.kept) == 1
+    helm.dies_after = ""
+    found = one.evaluate(_job(tmp_path, "b", parts))
+    assert helm.ran == [["one", "many"], ["many"]]
+    assert len(found.evaluation.scores) == 3
+
+
 def test_what_is_no_number_or_torn_is_not_kept_and_told_in_every_attempt(helm: StandIn, tmp_path: Path) -> None:
     one, parts = _evaluator(tmp_path, entries=["one", "two", "three"]), Remembers()
     helm.missing_in = helm.nan_in = "two"
@@ -217,17 +234,24 @@ def test_what_is_no_number_or_torn_is_not_kept_and_told_in_every_attempt(helm: S
     assert len(parts.kept) == 1
 
 
-@pytest.mark.parametrize("change", ["data", "plugin", "versions", "instances", "metric", "trust", "entry"])
+@pytest.mark.parametrize(
+    "change", ["data", "plugin", "versions", "instances", "metric", "trust", "entry", "tokenizer"]
+)
 def test_a_part_is_taken_only_where_all_that_makes_it_is_the_same(
     helm: StandIn, tmp_path: Path, change: str
 ) -> None:
     (tmp_path / "data.jsonl").write_text("one")
     (tmp_path / "plugin.py").write_text("")
     entries, settings = ["custom:path=data.jsonl", "last"], {"plugins": ["plugin.py"], "max_instances": 10}
+    tokenizer = tmp_path / "tokenizer"
+    tokenizer.mkdir()
+    (tokenizer / "tokenizer.json").write_text("{}")
     parts = Remembers()
     helm.stops_in = "last"
     with pytest.raises(Stopped):
-        _evaluator(tmp_path, entries=entries, **settings).evaluate(_job(tmp_path, "a", parts))
+        _evaluator(tmp_path, entries=entries, **settings).evaluate(
+            replace(_job(tmp_path, "a", parts), tokenizer=tokenizer)
+        )
     helm.stops_in = ""
     if change == "data":
         (tmp_path / "data.jsonl").write_text("two")
@@ -241,7 +265,9 @@ def test_a_part_is_taken_only_where_all_that_makes_it_is_the_same(
         settings["metrics"] = {"custom": ["num_instances"]}
     elif change == "entry":
         entries[0] = "custom:path=data.jsonl,shots=1"
-    job = replace(_job(tmp_path, "b", parts), trust_remote_code=change == "trust")
+    elif change == "tokenizer":
+        (tokenizer / "tokenizer.json").write_text('{"version": "2"}')
+    job = replace(_job(tmp_path, "b", parts), tokenizer=tokenizer, trust_remote_code=change == "trust")
     found = _evaluator(tmp_path, entries=entries, **settings).evaluate(job)
     assert helm.ran == [["custom", "last"], ["custom", "last"]]
     assert "autoeval resume" not in found.evaluation.versions

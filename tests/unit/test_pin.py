@@ -116,6 +116,14 @@ def test_adopting_twice_keeps_the_first(checkpoint: MakeCheckpoint) -> None:
     assert os.listdir(os.path.dirname(final)) == [ID]
 
 
+def test_a_pin_that_is_gone_is_given_to_no_ticket(checkpoint: MakeCheckpoint) -> None:
+    source = str(checkpoint())
+    passing = pin.make(source, pin.pins_dir(source), "auto")
+    pin.release(passing)
+    with pytest.raises(FileNotFoundError, match="deleted before a ticket could name it"):
+        pin.adopt(passing, ID)
+
+
 def test_releasing_twice_is_the_same_as_once(checkpoint: MakeCheckpoint) -> None:
     source = checkpoint()
     final = pin.adopt(pin.make(str(source), pin.pins_dir(str(source)), "auto"), ID)

@@ -138,6 +138,15 @@ def test_the_environment_and_the_standard_streams_are_as_given(tmp_path: Path) -
     assert (tmp_path / "log").read_text() == "[0, 1, 2, 3]\n"       # 3 is the listing's own
 
 
+def test_the_end_of_a_program_is_told_where_sigchld_is_ignored(run: Callable[..., int]) -> None:
+    """As what starts us may leave it: without a word of it, a child's end is lost."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+    try:
+        assert run("raise SystemExit(3)", timeout=60) == 3
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
 def test_a_program_whose_runner_stands_still_is_ended(run: Callable[..., int], tmp_path: Path) -> None:
     def starved() -> bool:
         if _grandchild(tmp_path / "log"):

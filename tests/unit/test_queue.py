@@ -277,6 +277,23 @@ def test_a_submitter_that_died_between_its_two_names_is_finished_by_the_janitor(
     assert queue.read(token) == ticket
 
 
+def test_what_gc_did_not_finish_is_removed_with_all_in_it(queue: Queue, tmp_path: Path) -> None:
+    inner = Path(queue.root, "tmp", "gc-partial~x", "0-part", "deeper")
+    inner.mkdir(parents=True)
+    (inner / "result.json").touch()
+    kept = tmp_path / "elsewhere" / "file"
+    kept.parent.mkdir()
+    kept.touch()
+    (inner / "link").symlink_to(kept.parent)
+    now = [0.0]
+    keeper = Keeper(queue, lease=60, max_failures=3, clock=lambda: now[0])
+    keeper.sweep()
+    now[0] = keepers.ORPHAN_S + 1
+    keeper.sweep()
+    assert os.listdir(os.path.join(queue.root, "tmp")) == []
+    assert kept.exists()
+
+
 def test_the_janitor_removes_only_what_nobody_registered_for_long(queue: Queue) -> None:
     now = [0.0]
     orphan = Path(queue.root) / "tmp" / ("5-1-" + "a" * 64 + "~g0f0~host-1-abc")
@@ -328,26 +345,35 @@ def test_heartbeats_of_the_dead_are_removed_and_one_that_was_paused_beats_anew(
     live.beat(fds["live"], 2)
     holder.beat(fds["holder"], 2)
     keeper.sweep()
-    assert sorted(os.listdir(hearts)) == ["holder", "live"]
+    assert sorted(n for n in os.listdir(hearts) if not n.startswith(".nfs")) == ["holder", "live"]
     paused.beat(fds["paused"], 7)
     assert (hearts / "paused").read_bytes() == b"%020d" % 7
     paused.beat(fds["paused"], 8)
     assert queue.heartbeat("paused") == b"%020d" % 8
     assert not os.get_inheritable(fds["paused"])
     paused.stop_heart(fds["paused"])
-    assert sorted(os.listdir(hearts)) == ["holder", "live"]
+    assert sorted(n for n in os.listdir(hearts) if not n.startswith(".nfs")) == ["holder", "live"]
 
 
 def test_a_heartbeat_that_another_host_removed_is_made_anew(queue: Queue) -> None:
     class Nfs(FileOps):
-        def names(self, fd: int) -> int:
-            if super().names(fd) == 0:
+        def stands_at(self, fd: int, path: str) -> bool:
+            if not super().stands_at(fd, path):
                 raise OSError(errno.ESTALE, "Stale file handle")
-            return 1
+            return True
 
     me = other(queue, "me", Nfs())
     fd = me.start_heart()
     os.unlink(os.path.join(queue.root, "hb", "me"))
+    me.beat(fd, 3)
+    assert queue.heartbeat("me") == b"%020d" % 3
+
+
+def test_a_removed_heartbeat_that_nfs_keeps_while_it_is_open_is_made_anew(queue: Queue) -> None:
+    me = other(queue, "me")
+    fd = me.start_heart()
+    hearts = Path(queue.root) / "hb"
+    (hearts / "me").rename(hearts / ".nfs0001")     # what an NFS client makes of removing it on the same host
     me.beat(fd, 3)
     assert queue.heartbeat("me") == b"%020d" % 3
 

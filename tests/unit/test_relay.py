@@ -31,7 +31,7 @@ class StandInRun:
 
     def __init__(self, id: str = "r1") -> None:
         self.id = id
-        self.settings = types.SimpleNamespace(mode="online")
+        self.disabled = False
         self.open: dict[str, float] = {}
         self.rows: list[dict[str, float]] = []
         self.defined: list[tuple[str, str | None]] = []
@@ -398,6 +398,21 @@ def test_only_a_few_points_are_taken_before_they_are_logged(
         time.sleep(0.01)
     until(lambda: (step(relay, run), len(names(directory, "logged")))[1] == relays.AHEAD + 9)
     assert sorted(run.steps) == list(range(relays.AHEAD + 9))
+
+
+def test_a_point_that_waits_is_read_once(
+    make: Callable[..., Relay], run: StandInRun, directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many rows of training pass: the interpreter's time is training's."""
+    reads: list[str] = []
+    read = relays.read_point
+    monkeypatch.setattr(relays, "read_point", lambda d, name: (reads.append(name), read(d, name))[1])
+    relay = make()
+    drop(directory, list(range(3 * relays.AHEAD)))
+    ready(relay, relays.AHEAD)
+    until(lambda: (step(relay, run), len(names(directory, "logged")))[1] == 3 * relays.AHEAD)
+    assert sorted(run.steps) == list(range(3 * relays.AHEAD))
+    assert sorted(reads) == sorted(set(reads))
 
 
 def test_a_point_that_cannot_be_taken_is_not_logged(

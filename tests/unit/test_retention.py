@@ -158,6 +158,13 @@ def test_a_checkpoint_that_is_known_supersedes_nobody(
     assert caplog.records == []
 
 
+def test_a_checkpoint_that_is_known_supersedes_nobody_beyond_the_cap_either(hand_over: HandOver, queue: Queue) -> None:
+    paths = {step: hand_over(step) for step in (100, 200, 300)}
+    for step, path in paths.items():        # as a resumed training does, whose cap was lowered
+        hand_over(step, path=path, max_pins=2)
+    assert states(queue) == {100: "pending", 200: "pending", 300: "pending"}
+
+
 def test_each_suite_of_a_checkpoint_gets_its_room(hand_over: HandOver, queue: Queue) -> None:
     for step in (100, 200):
         hand_over(step, suites=("quick", "slow"), max_pins=4)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import os
 import shutil
@@ -15,14 +16,15 @@ import pytest
 
 from autoeval_hooks import relay_files as files
 from autoeval_hooks.errors import AutoEvalError, ConfigError
+from autoeval_hooks.fsio import FileOps
 from autoeval_hooks.run_identity import RunIdentity
 from eval_runner.sinks import wandb as sinks
-from eval_runner.sinks import wandb_children, wandb_lease
+from eval_runner.sinks import wandb_children, wandb_lease, wandb_writer
 from eval_runner.sinks.base import Context
 from eval_runner.sinks.wandb import WandbSink, close_run
 from eval_runner.sinks.wandb_cases import TABLE, decide
 from eval_runner.sinks.wandb_lease import Lease
-from eval_runner.sinks.wandb_reader import BUSY, Held
+from eval_runner.sinks.wandb_reader import BUSY, Held, Look, Refused
 from eval_runner.sinks.wandb_writer import Request, Target, _from_config
 from tests.wandb_runs import IDENTITY, result
 from tests.wandb_stand_in import StandIn, standing, take
@@ -498,6 +500,67 @@ def test_one_broken_run_does_not_hold_up_another(
     assert "not valid JSON" in sink.waiting[0].why
     assert standing(directory) == {"logged": [5]}
     assert close_run(tmp_path, "r1") == IDENTITY.key
+
+
+def test_a_run_whose_directory_cannot_be_listed_does_not_hold_up_another(
+    tmp_path: Path, directory: Path, make_sink: Callable[..., WandbSink], now: list[float], writer: StandIn
+) -> None:
+    (broken := tmp_path / "relay" / "a-broken-one").mkdir()
+    (broken / "points").touch()
+    sink = make_sink()
+    sink.flush()
+    now[0] += files.STALE_S + 1
+    assert not sink.flush()
+    assert [(w.run, "Not a directory" in w.why) for w in sink.waiting] == [("a-broken-one", True)]
+    assert standing(directory) == {"logged": [5]}
+
+
+@pytest.fixture
+def secret(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The point of step 5 is none that we may read. A stand-in: root may read all."""
+    read = FileOps.read
+
+    def refuse(self: FileOps, path: str, limit: int, owners: frozenset[int] | None = None) -> bytes:
+        if f"{point(5).ticket}" in path:
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return read(self, path, limit, owners)
+
+    monkeypatch.setattr(FileOps, "read", refuse)
+
+
+def test_a_point_that_cannot_be_read_does_not_hold_up_those_that_are_looked_for(
+    directory: Path, make_sink: Callable[..., WandbSink], now: list[float], writer: StandIn, secret: None
+) -> None:
+    drop(directory, [6, 7])
+    for step in (5, 6):
+        take(directory, step, f"{files.RELAY}a-0")
+    sink = make_sink()
+    sink.flush()
+    now[0] += files.STALE_S + 1
+    writer.held.rows.append(point(6).row())
+    assert not sink.flush()
+    assert standing(directory) == {"taken": [5], "logged": [6, 7]}
+    assert sink.waiting[0].why.endswith("cannot be read: Permission denied")
+    assert sink.waiting[0].points == 1
+    children = len(writer.looked) + len(writer.wrote)
+    assert not sink.flush()
+    assert len(writer.looked) + len(writer.wrote) == children      # it is tried again, but not at once
+
+
+def test_the_writer_brings_what_it_can_read_and_says_what_it_cannot(
+    directory: Path, secret: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stand-ins take the place of W&B."""
+    drop(directory, [6])
+    look = Look(IDENTITY, False, (), (), (), "")
+    request = Request(look, False, False, "", str(directory), "me", "", BEAT, 0.0)
+    logged: list[files.Point] = []
+    monkeypatch.setattr(wandb_writer, "_present", lambda request, points: set())
+    monkeypatch.setattr(wandb_writer, "_deliver", lambda request, lease, points: logged.extend(points) or logged)
+    with pytest.raises(Refused, match=r"^1 point\(s\) cannot be read here, such as 0*5\.json: Permission denied$"):
+        wandb_writer.deliver(request)
+    assert logged == [point(6)]
+    assert os.listdir(directory / "writer") == ["free"]
 
 
 def test_the_writer_gets_no_other_runs_settings(

@@ -16,6 +16,7 @@ from autoeval_hooks import relay_files as files
 from autoeval_hooks.errors import AutoEvalError
 from autoeval_hooks.run_identity import RunIdentity
 from eval_runner.cli import cli
+from eval_runner.results.schema import Evaluation, Score
 from eval_runner.sinks import wandb as sinks
 from eval_runner.sinks.base import Context
 from eval_runner.sinks.base import point as of
@@ -129,6 +130,51 @@ def test_other_values_and_rows_of_nobody_are_told_and_left(
     assert standing(directory) == {"points": [5], "logged": [1, 2, 4]}
 
 
+def test_what_is_logged_while_we_look_is_not_missing(directory: Path, sink: WandbSink, writer: StandIn) -> None:
+    dead(directory)
+    drop(directory, [5])
+
+    def log_meanwhile(argv: list[str], **kwargs: Any) -> int:
+        status = writer.run(argv, **kwargs)
+        take(directory, 5, "another-runner", "logged")
+        return status
+
+    sinks.process.run = log_meanwhile
+    assert found(sink, 5)[5][0] == "waiting"
+    assert standing(directory) == {"logged": [5]}
+
+
+def test_what_cannot_be_repaired_does_not_hold_up_the_others(
+    directory: Path, sink: WandbSink, writer: StandIn
+) -> None:
+    """Nor does a row of somebody's that is no row of ours."""
+    dead(directory)
+    writer.held.rows = [{"_step": 1, "bench/step": "first"}, {"_step": 2, "bench/step": float("nan")}]
+    long = replace(result(1), evaluations=(Evaluation("e", 1.0, (Score("b" * 400, "acc", "test", 0.5, 9),)),))
+    told = {s.step: (s.state, s.says) for s in sink.compare([long, result(2)], repair=True)}
+    assert told[1][0] == "missing"
+    assert told[1][1].startswith("it cannot be repaired: ")
+    assert told[1][1].endswith("not a name for a score")
+    assert told[2] == ("missing", "")
+    assert standing(directory) == {"points": [2]}
+
+
+def test_the_directory_is_not_listed_for_each_result(
+    directory: Path, sink: WandbSink, writer: StandIn, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dead(directory)
+    drop(directory, list(range(1, 41)))
+    for step in range(1, 41):
+        take(directory, step, "r", "logged")
+    writer.held.rows = [row(step) for step in range(1, 39)]
+    listed: list[str] = []
+    waiting = files.waiting
+    monkeypatch.setattr(files, "waiting", lambda d, stage="points": (listed.append(stage), waiting(d, stage))[1])
+    states = [state for state, _ in found(sink, *range(1, 41)).values()]
+    assert states == ["shown"] * 38 + ["missing"] * 2
+    assert len(listed) < 10
+
+
 @pytest.mark.parametrize(
     ("held", "says"),
     [
@@ -199,6 +245,15 @@ def test_the_command_repairs_and_says_so(
     assert len(writer.wrote) == 1
     with pytest.raises(Exception, match="no result is of a run called 'r3'; known: another"):
         run_sync("r3")
+
+
+def test_with_nothing_to_repair_nobody_else_is_waited_for(
+    tmp_path: Path, directory: Path, writer: StandIn, run_sync: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results_samples.publish(tmp_path / "queue", result(1))
+    writer.held.rows = [row(1)]
+    monkeypatch.setattr(WandbSink, "flush", lambda self: pytest.fail("there is nothing to bring"))
+    assert run_sync("--wait", "600").exit_code == 0
 
 
 def test_the_command_says_what_differs_and_what_waits(

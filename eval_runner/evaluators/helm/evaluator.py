@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from autoeval_hooks import manifest
 from autoeval_hooks.errors import AutoEvalError, ConfigError
 from eval_runner import environments
 from eval_runner.evaluators.base import Context, Job, Outcome
@@ -107,11 +108,12 @@ class _Run:
         sources = {str(path): was for path, was in planned.sources.items()}
         data = {path: digest(path) for path in planned.files}
         self._provenance = [sources | {str(f): data[f] for f in one.entry.files} for one in planned.entries]
+        tokenizer = _content(job.tokenizer) if job.tokenizer != job.path else []    # the ticket tells the checkpoint's
         asked = [settings.max_instances, settings.num_train_trials, settings.torch_dtype, job.trust_remote_code]
         self._keys = [
             json.dumps([
                 one.entry.description, one.entry.benchmark, one.split, one.lower_is_better,   # by metric
-                asked, planned.plugins, versions, provenance,
+                asked, tokenizer, planned.plugins, versions, provenance,
             ])
             for one, provenance in zip(planned.entries, self._provenance, strict=True)
         ]  # fmt: skip
@@ -143,7 +145,7 @@ class _Run:
             failed = []
             for i in self.missing():
                 directories = _directories(self._runs, i)
-                if directories and all((d / LAST).exists() for d in directories):
+                if len(directories) == self.planned.entries[i].runs and all((d / LAST).exists() for d in directories):
                     self._keep(i, {}, tell=False)
                 else:
                     failed.append(self.planned.entries[i].entry)
@@ -212,6 +214,11 @@ def _write_entries(path: Path, chosen: dict[int, Entry]) -> None:
         for i, e in chosen.items()
     ]
     path.write_text(json.dumps({"entries": entries}), encoding="utf-8")
+
+
+def _content(directory: Path) -> list[str]:
+    """Digests of the files that make a tokenizer, or a model, of a directory."""
+    return [manifest.record(str(directory), name).digest for name in manifest.model_files(str(directory))]
 
 
 def _mark(index: int) -> str:

@@ -30,18 +30,21 @@ PROBE_TIMEOUT_S = 300.0
 
 @dataclass(frozen=True)
 class Planned:
-    """An entry with the metrics to read from its runs, the split, and which metrics are better when lower."""
+    """An entry with the number of its runs, the metrics to read from each, the split, and which metrics are better when
+    lower."""
 
     entry: Entry
     metrics: tuple[str, ...]
     split: str | None
     lower_is_better: dict[str, bool | None]
+    runs: int
 
 
 @dataclass(frozen=True)
 class Plan:
     entries: tuple[Planned, ...]
     versions: dict[str, str]
+    """Of HELM and what it computes with, and the kind of device: it decides the precision."""
     plugins: tuple[str, ...]
     files: tuple[Path, ...]
     """Data that the entries name, files and directories; their digests belong to the results."""
@@ -106,7 +109,7 @@ def _planned(entry: Entry, found: dict[str, Any], settings: Settings, errors: li
             "value": f"HELM cannot make a run of {entry.description!r}: {what}",
         }[found["kind"]]
         errors.append(f"{entry.where}: {text}")
-        return Planned(entry, (), None, {})
+        return Planned(entry, (), None, {}, 0)
     first = found["runs"][0]
     chosen = settings.metrics.get(entry.benchmark) or settings.metrics.get(entry.run_spec)
     metrics = chosen or ((first["metric"],) if first["metric"] else ())
@@ -116,7 +119,7 @@ def _planned(entry: Entry, found: dict[str, Any], settings: Settings, errors: li
             f"`metrics: {{{entry.run_spec}: [exact_match]}}` beside `entries`"
         )
     lower = {metric: first["lower_is_better"].get(metric) for metric in metrics}
-    return Planned(entry, tuple(metrics), first["split"], lower)
+    return Planned(entry, tuple(metrics), first["split"], lower, len(found["runs"]))
 
 
 def _plugin(plugin: str, index: int, context: Context) -> str:

@@ -117,9 +117,10 @@ UNANSWERED = {"rename": FileNotFoundError, "link": FileExistsError}
 
 
 class Doomed(FileOps):
-    """The file system's calls, one in so many of which is this process's last: it is killed before or after it. A kill
-    from outside rarely comes between two calls. As rarely a server's answer is lost, and asked again the server says
-    that there is nothing to rename, or that the link is there: here this is made up."""
+    """The file system's calls. One in `one_in` is this process's last: it is killed before or after it, where a kill
+    from outside rarely comes. Of renames and links, ten times as many are done and their answer is lost, as a file
+    server may lose it; asked again, the server says that there is nothing to rename, or that the link is there. The
+    loss is made up here: it is too rare to wait for."""
 
     def __init__(self, world: World, life: str, log: Log, rng: random.Random, one_in: int) -> None:
         self._parts = world, life, log, rng, one_in
@@ -140,7 +141,7 @@ class Doomed(FileOps):
             die("before")
             answer = found(*args, **named)
             die("after")
-            if name in UNANSWERED and rng.random() * one_in < 2 and not world.calm():
+            if name in UNANSWERED and rng.random() * one_in < 10 and not world.calm():
                 log("unanswered", name, *args)
                 raise UNANSWERED[name](f"{args}")
             return answer

@@ -8,6 +8,7 @@ nothing shown twice and no zombie committed; what was broken is printed otherwis
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import random
@@ -35,7 +36,7 @@ PART_S = 40.0
 """Mean seconds from one loss of host b's network to the next; under NFS 4.2, where the lab gives it a network."""
 PATIENCE_S = 120.0
 INF = float("inf")
-RUNS = 2
+RUNS = 3
 RUNNERS = 3
 """On each host."""
 
@@ -153,7 +154,7 @@ class Storm:
                 if pid:
                     process.pid = 0
                     done = status == 0 or process.born_at == INF
-                    process.born_at = INF if done else now + self.rng.uniform(0, 1)
+                    process.born_at = INF if done else now + self.rng.uniform(0, 0.5)
             elif process.born_at <= now or (hurry and process.born_at < INF):
                 process.start(self.world, self.seed)
                 self.counts["restarts"] += 1
@@ -282,6 +283,7 @@ def main(version: str, a: str, b: str, export: str, seconds: float, seed: int) -
     storm = Storm(world, seed, version == "4.2", cast(world), random.Random(seed))
     say(f"storm on NFS {version}: seed {seed}, {len(storm.processes)} processes")
     began = time.monotonic()
+    gc.freeze()     # a collection in a child would write to, and so copy, all that it shares with this process
     for process in storm.processes:
         process.start(world, seed)
     storm.blow(seconds)

@@ -1,7 +1,8 @@
 """Asks the HELM of this environment what it makes of run entries, before any checkpoint is loaded.
 
 `python autoeval_helm_probe.py REQUEST ANSWER` reads and writes JSON files. The request holds `entries`
-(descriptions without a model), `plugins` and `schema`. The answer holds `versions`, and for each entry either
+(descriptions without a model), `plugins` and `schema`. The answer holds `versions`, with the kind of device that
+torch finds among them, and for each entry either
 `error` (with `kind` and `known`, the names that were possible) or `runs`: groups, the main metric and split,
 and which metrics are better when lower. Instead of the entries' answers there is `plugin_error`, `schema_error`,
 or `known_schemas` where there is no file of the schema's name.
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import helm.benchmark.run as helm_run
+import torch
 import yaml
 from helm.benchmark import run_spec as registry
 from helm.benchmark.metrics.metric import create_metric
@@ -60,7 +62,8 @@ def _answers(entries: list[str], chosen: str | None) -> dict[str, Any]:
 
 def _versions() -> dict[str, str]:
     names = ("crfm-helm", "transformers", "torch")
-    return {name: importlib.metadata.version(name) for name in names}
+    device = "cuda" if torch.cuda.is_available() else "cpu"      # as HELM's client chooses
+    return {name: importlib.metadata.version(name) for name in names} | {"device": device}
 
 
 def _schemas(chosen: str | None) -> list[dict[str, Any]]:
