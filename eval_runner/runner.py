@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import signal
 import threading
 import time
@@ -23,6 +24,7 @@ from autoeval_hooks.errors import AutoEvalError, ConfigError, TicketError
 from autoeval_hooks.fsio import FileOps
 from autoeval_hooks.keeper import Keeper, boottime
 from autoeval_hooks.queue import Queue, Token
+from autoeval_hooks.retention import ENDED, needless
 from autoeval_hooks.ticket import Ticket
 from eval_runner import attempt as attempts
 from eval_runner import breaker, parts, scratch
@@ -306,6 +308,7 @@ class Runner:
             return False
         for token in (t for t in self.queue.tokens("done") if t.ticket == ticket.id):
             if store.read(self.config.queue / "results" / token.result_name).status == "refiled":
+                self._share_pin(ticket.pin, self.queue.ticket(ticket.id).pin)
                 self.queue.retry(token)
         return True
 
@@ -343,11 +346,25 @@ class Runner:
 
     # ------------------------------------------------------------------ pins
 
+    def _share_pin(self, source: str, target: str) -> None:
+        """The pin `target` of a ticket that is opened again was freed when it ended: make it anew from `source`."""
+        source, target = (map_path(path, self.config.path_map) for path in (source, target))
+        if not target or os.path.isdir(target) or not os.path.isdir(source):
+            return
+        try:
+            made = pin.make(source, os.path.dirname(target), "auto", self.ops)
+            pin.adopt(made, os.path.basename(target), self.ops)
+        except (OSError, AutoEvalError) as error:
+            log.warning("pin %s could not be made again: %s", target, error)
+
     def _release_pin(self, ticket: Ticket) -> None:
+        """Free the pin of a ticket that is done, unless another lives on it; `gc` frees that one later."""
         if not ticket.pin:
             return
         try:
-            pin.release(map_path(ticket.pin, self.config.path_map), self.ops)
+            name = os.path.basename(ticket.pin)
+            if name in needless(self.queue, [name], *ENDED):
+                pin.release(map_path(ticket.pin, self.config.path_map), self.ops)
         except (OSError, AutoEvalError) as error:
             log.warning("pin %s could not be freed: %s", ticket.pin, error)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -194,6 +195,48 @@ def test_a_suite_that_is_changed_back_is_evaluated_as_it_was(
     (shown,) = sink.results
     assert json.loads(shown.suite_text)["evaluators"][0]["entries"] == ["a"]
     assert os.listdir(tmp_path / "out" / ".autoeval" / "pins") == []
+
+
+def test_a_suite_that_is_changed_back_finds_the_pin_again_that_it_gave_up(
+    tmp_path: Path, checkpoint: MakeCheckpoint, config_file: Path, run: Run
+) -> None:
+    """Both definitions were handed over, so each ticket has a pin of its own, and nothing but pins is left."""
+    one = config_file.read_text()
+    two = one.replace("entries: [a]", "entries: [b]")
+    path = checkpoint(100)
+    for text in (one, two):
+        config_file.write_text(text)
+        assert submit(path, step=100, config=config_file) == {"quick": True}
+    shutil.rmtree(path)
+    with Progress() as progress:
+        runner = Runner(configs.load(str(config_file)), {"quick": [StandIn()]}, {}, progress)
+        token = runner.queue.claim(newest_first=False)
+        assert token is not None
+        runner._process(token, None)  # type: ignore[arg-type]  # the first is filed as the second, which needs no lease
+    assert sorted(states(tmp_path)) == ["done", "pending"]
+    config_file.write_text(one)
+    evaluator = StandIn()
+    assert run(evaluator).failed == 0
+    assert len(evaluator.jobs) == 1
+    assert os.listdir(tmp_path / "out" / ".autoeval" / "pins") == []
+
+
+def test_a_pin_that_another_ticket_lives_on_outlives_its_own(
+    tmp_path: Path, checkpoint: MakeCheckpoint, config_file: Path, run: Run
+) -> None:
+    """As after a crash in the middle of filing a ticket again."""
+    path = checkpoint(100)
+    submit(path, step=100, config=config_file)
+    shutil.rmtree(path)
+    queue = Queue(str(tmp_path / "queue"))
+    (token,) = queue.tokens("pending")
+    old = queue.read(token)
+    time.sleep(0.001)       # the later ticket is taken last
+    queue.enqueue(tickets.new(old.manifest, old.suite, "7" * 64, old.priority, old.pin))
+    config_file.write_text(config_file.read_text().replace("runner: {", "runner: {order: oldest, "))
+    run(StandIn(), mode="once")
+    assert sorted(states(tmp_path)) == ["done", "pending"]
+    assert len(os.listdir(old.pin)) > 1
 
 
 def test_a_ticket_that_was_handed_out_often_is_filed_again_all_the_same(

@@ -90,6 +90,8 @@ def _processes(world: World, queue: Queue, by_id: Tokens, figures: Counter[str])
     for line in roles.seen(world):
         figures["kills before or after a file operation"] += line.what == "dies"
         figures["answers lost"] += line.what == "unanswered"
+        if line.what == "gone" and line.by.endswith("trainer"):
+            yield f"{line.by} could not hand over what it had just saved: {line.words[1]}"
         if line.what == "crash":
             yield f"{line.by} ended with an error: {line.words[0][-600:]}"
 
