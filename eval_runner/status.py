@@ -37,7 +37,8 @@ class TicketStatus:
 @dataclass(frozen=True)
 class Status:
     """`points_waiting` counts, by run, the scores that are not known to be in their W&B run yet, and `points_why` says
-    why, once a runner has looked ("" before); `stopped` has the suites that no runner takes tickets of, since they
+    why, once a runner has looked ("" before); `points_refused` counts what is no point and was put aside, beside the
+    reason, in relay/RUN/refused; `stopped` has the suites that no runner takes tickets of, since they
     failed on one checkpoint after the other."""
 
     queue: str
@@ -45,6 +46,7 @@ class Status:
     tickets: list[TicketStatus]
     points_waiting: dict[str, int]
     points_why: dict[str, str]
+    points_refused: dict[str, int]
     stopped: list[breaker.Open]
 
 
@@ -60,6 +62,7 @@ def read(root: Path) -> Status:
         tickets=[_ticket(queue, t, records.get(t.ticket, [])) for t in tokens],
         points_waiting=_points_waiting(root),
         points_why={run: _points_why(root / "relay" / run) for run in _points_waiting(root)},
+        points_refused=_points_refused(root),
         stopped=breaker.read(root),
     )
 
@@ -120,6 +123,11 @@ def _points_waiting(root: Path) -> dict[str, int]:
         if waiting := sum(len(files.waiting(str(run.parent), stage)) for stage in ("points", "taken")):
             counts[run.parent.name] = waiting
     return counts
+
+
+def _points_refused(root: Path) -> dict[str, int]:
+    refused = ((path.parent.name, len(list(path.glob("*.reason")))) for path in (root / "relay").glob("*/refused"))
+    return {run: n for run, n in sorted(refused) if n}
 
 
 def _points_why(directory: Path) -> str:

@@ -42,3 +42,6 @@ def status(config_file: str, as_json: bool) -> None:
     for run, n in found.points_waiting.items():
         why = found.points_why[run] or "they come when its training logs next, or once it is over"
         click.echo(printable(f"{n} point(s) wait for W&B run {run}: {why}"))
+    for run, n in found.points_refused.items():
+        where = f"{found.queue}/relay/{run}/refused"
+        click.echo(printable(f"{n} file(s) that are no points were refused: {where} says why"))

@@ -49,8 +49,9 @@ def sync(config_file: str, dry_run: bool, wait: float, as_json: bool, runs: tupl
     """Compare the results of RUNS (all, if none is named) with what their W&B runs hold, and repair.
 
     What is missing is logged as ever: by the training process while it lives, else from here. Nothing that is there
-    is changed. Exit status: 0 all results are shown, 75 some still wait or could not be looked for, 1 some are shown
-    with other values. A run whose training process ended lately must be watched for two minutes first: --wait 180.
+    is changed. Exit status: 0 all results are shown, 75 some still wait or could not be read or looked for, 1 some
+    are shown with other values. A run whose training process ended lately must be watched for two minutes first:
+    --wait 180.
     """
     config = configs.load(config_file)
     results, problems = store.done(existing_queue(config.queue))
@@ -62,7 +63,7 @@ def sync(config_file: str, dry_run: bool, wait: float, as_json: bool, runs: tupl
         lines += [Line(entry["type"], was, finding) for was, finding in _serve(sink, chosen, dry_run, wait)]
     _print(lines, as_json)
     states = {line.finding.state for line in lines}
-    if states & {*WAITS}:
+    if states & {*WAITS} or problems:       # a result that cannot be read is not known to be shown
         sys.exit(LATER)
     if "different" in states:
         sys.exit(DIFFERENT)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from autoeval_hooks import submit
+from autoeval_hooks import relay_files, submit
 from autoeval_hooks import ticket as tickets
 from autoeval_hooks.queue import Queue
 from eval_runner.cli import cli
@@ -151,6 +151,16 @@ def test_stray_names_in_results_break_no_command(
     for argv in (["status"], ["explain", "100"], ["report", "--out", str(tmp_path / "r")]):
         shown = CliRunner().invoke(cli, [*argv, "--config", str(config_file)], catch_exceptions=False)
         assert shown.exit_code == 0
+
+
+def test_what_was_refused_as_a_point_is_told(tmp_path: Path, config_file: Path) -> None:
+    Queue(str(tmp_path / "queue")).create()
+    run = tmp_path / "queue" / "relay" / "run-1"
+    (run / "points").mkdir(parents=True)
+    (run / "points" / "odd.json").write_text("{")
+    relay_files.set_aside(str(run), "odd.json", "it is torn")
+    shown = CliRunner().invoke(cli, ["status", "--config", str(config_file)])
+    assert f"1 file(s) that are no points were refused: {run}/refused says why" in shown.stdout
 
 
 def test_text_of_others_cannot_steer_the_terminal(

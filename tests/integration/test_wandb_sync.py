@@ -179,6 +179,18 @@ def test_an_offline_directory_that_was_deleted(tmp_path: Path, queue: Path, serv
     assert {(p["state"], "are not here" in p["says"]) for p in json.loads(done.stdout)["points"]} == {("unclear", True)}
 
 
+def test_a_result_that_cannot_be_read_is_not_called_shown(
+    tmp_path: Path, queue: Path, service: Backend, sync: Sync
+) -> None:
+    publish(queue, None, 10, run=replace(ours(service), wandb_id=""))
+    assert sync().exit_code == 0
+    (record,) = queue.glob("results/*/result.json")
+    record.write_text("{")
+    told = sync()
+    assert told.exit_code == 75
+    assert "warning: ticket" in told.stderr
+
+
 @pytest.mark.parametrize("removed", [["logged"], ["logged", "given"], ["."]])
 def test_everything_given_again_is_there_once(
     tmp_path: Path, queue: Path, service: Backend, removed: list[str]
