@@ -121,7 +121,7 @@ class Lab:
             )  # fmt: skip
         # Should this process be killed, its end of the pipe closes, and nothing of the lab stays behind.
         self._guard = subprocess.Popen(
-            ["sh", "-c", 'read -r _; kill -KILL -- "-$0"; rm -rf "$1"', str(self._guest.pid), str(self.directory)],
+            ["sh", "-c", 'read -r _; kill -KILL "-$0"; rm -rf "$1"', str(self._guest.pid), str(self.directory)],
             stdin=subprocess.PIPE, stderr=subprocess.DEVNULL, start_new_session=True,
         )  # fmt: skip
         end = time.monotonic() + BOOT_S
