@@ -3,13 +3,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE    # compiled modules start in half the time
 
-.PHONY: help helm demo test test-demo test-faults test-nfs lint clean
+.PHONY: help helm demo test test-demo test-wandb test-faults test-nfs lint clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make demo         train a small model, evaluate every checkpoint with HELM, and show the report"
 	@echo "make test         lint, types and tests"
 	@echo "make test-demo    the demo as an acceptance test"
+	@echo "make test-wandb  points lost on the way, and a W&B service that is away, hangs or refuses; 5 minutes"
 	@echo "make test-faults  a process killed or paused, and every error, at every call into the file system; 5 minutes"
 	@echo "make test-nfs     the queue on a real kernel NFS and through power cuts, in a guest; 10 minutes; see tests/faults/nfs"
 	@echo "make clean        remove what the targets made here"
@@ -35,6 +36,9 @@ test: lint helm
 
 test-demo: helm
 	$(BIN)/python -m pytest -m slow tests/acceptance
+
+test-wandb: .venv/.ready
+	$(BIN)/python -m pytest -m slow tests/integration
 
 test-faults: .venv/.ready
 	$(BIN)/python -m pytest -m faults tests/faults

@@ -35,6 +35,8 @@ from tests.stand_ins import StandIn
 from tests.wandb_runs import IDENTITY, ROOT, Backend, backend, environment, rows, train
 from tests.wandb_trainer import wait_for
 
+pytestmark = pytest.mark.slow      # minutes, most of them waiting: `make test-wandb`
+
 TICKETS = 12
 CONFIG = """queue: q
 runner: {lease: 6.0}

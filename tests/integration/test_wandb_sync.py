@@ -40,6 +40,8 @@ from tests.wandb_runs import (
 )
 from tests.wandb_stand_in import standing
 
+pytestmark = pytest.mark.slow      # minutes, most of them waiting: `make test-wandb`
+
 Sync = Callable[..., Result]
 
 
