@@ -56,12 +56,13 @@ def read(root: Path) -> Status:
     tokens = list(queue.tokens())
     records = attempts(root)
     counts = Counter(t.state for t in tokens)
+    waiting = _points_waiting(root)
     return Status(
         queue=str(root),
         counts={state: counts.get(state, 0) for state in STATES},
         tickets=[_ticket(queue, t, records.get(t.ticket, [])) for t in tokens],
-        points_waiting=_points_waiting(root),
-        points_why={run: _points_why(root / "relay" / run) for run in _points_waiting(root)},
+        points_waiting=waiting,
+        points_why={run: _points_why(root / "relay" / run) for run in waiting},
         points_refused=_points_refused(root),
         stopped=breaker.read(root),
     )
