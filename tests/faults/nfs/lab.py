@@ -19,9 +19,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 HERE = Path(__file__).parent
+HANGS = "HANGS "
+"""How a line of hung.py's begins that names what hangs in the guest's kernel."""
 SBIN = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin", "/sbin"])
 PACKAGES = {
     "linux.uml": "user-mode-linux", "rpc.nfsd": "nfs-kernel-server", "mount.nfs": "nfs-common", "rpcbind": "rpcbind",
@@ -34,6 +37,10 @@ DISK = 2 << 30
 """Bytes, of which only those that are used take space."""
 BOOT_S = 120.0
 """It takes 5 s on a quiet machine."""
+SILENCE_S = 180.0
+"""Longest that a command may say nothing. The storm says a line every 20 s; what is not synced comes within 35 s."""
+ANSWER_S = 180.0
+"""Longest that a guest may take to say what hangs in it (hung.py): it tries for 40 s."""
 
 
 class CannotBoot(Exception):
@@ -41,7 +48,11 @@ class CannotBoot(Exception):
 
 
 class GuestFailed(Exception):
-    """The guest came up, and then took longer than allowed or died."""
+    """The guest came up, and then its command fell silent or it died; the message has all that is known."""
+
+
+class GuestHung(GuestFailed):
+    """It fell silent, and hung.py found that its kernel hangs, which says nothing about what ran in it."""
 
 
 def missing() -> list[str]:
@@ -101,7 +112,7 @@ class Lab:
 
     def start(self, command: str) -> None:
         """Boot, and have the guest begin `command` (bash). Raises CannotBoot with the end of its console's output."""
-        for name in ("up", "status", "output"):
+        for name in ("up", "status", "output", "ask", "answer", "answered"):
             (self.directory / name).unlink(missing_ok=True)
         self._shown = 0
         (self.directory / "command.sh").write_text(command + "\n")
@@ -131,24 +142,56 @@ class Lab:
                 raise CannotBoot(f"the guest did not come up; the end of its console:\n{self._console()}")
             time.sleep(0.1)
 
-    def wait(self, seconds: float) -> int:
-        """The command's exit status; its output is shown as it comes. Raises GuestFailed after so many seconds."""
-        assert self._guest is not None
-        end = time.monotonic() + seconds
-        while self._guest.poll() is None and not (self.directory / "status").exists():
-            if time.monotonic() > end:
-                self.cut()
-                raise GuestFailed(f"it took longer than {seconds:.0f} s; the end of the console:\n{self._console()}")
-            self._show()
-            time.sleep(0.2)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self._guest.wait(60)
+    def wait(self, silence: float = SILENCE_S) -> int:
+        """The command's exit status; its output is shown as it comes. GuestFailed once none came for so long."""
+        self.follow(lambda: not self.alive(), self._show, silence)
+        if self._guest is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._guest.wait(60)
         self.cut()
         self._show()
         try:
             return int((self.directory / "status").read_text())
         except (FileNotFoundError, ValueError) as error:
-            raise GuestFailed(f"the guest died; the end of its console:\n{self._console()}") from error
+            raise GuestFailed(f"the guest died; {self._last_words()}") from error
+
+    def follow(self, over: Callable[[], bool], progress: Callable[[], int], silence: float = SILENCE_S) -> None:
+        """Until it is `over`. Once `progress` stood still for so long, the guest is asked what hangs, and is cut."""
+        last, still, looked_at = -1, 0.0, time.monotonic()
+        while not over():
+            now, at = time.monotonic(), progress()
+            # While this machine itself stood still, so did the guest.
+            still = still + min(now - looked_at, 1.0) if at == last else 0.0
+            last, looked_at = at, now
+            if still > silence:
+                answer = self._ask()
+                self.cut()
+                hung = any(line.startswith(HANGS) for line in answer.splitlines())
+                raise (GuestHung if hung else GuestFailed)(
+                    f"nothing came from the guest for {silence:.0f} s; {self._last_words()}\n"
+                    f"asked what hangs, it said:\n{answer}"
+                )
+            time.sleep(0.2)
+
+    def _ask(self) -> str:
+        """What hung.py finds inside the guest. One that does not answer proves nothing."""
+        answer, begin = self.directory / "answer", self._cpu_s()
+        (self.directory / "ask.new").write_text(shlex.join([sys.executable, "-S", str(HERE / "hung.py")]))
+        (self.directory / "ask.new").rename(self.directory / "ask")
+        end = time.monotonic() + ANSWER_S
+        while time.monotonic() < end and self.alive() and not (self.directory / "answered").exists():
+            time.sleep(0.2)
+        found = answer.read_text(errors="replace") if answer.exists() else "nothing\n"
+        return f"{found}its kernel used {self._cpu_s() - begin:.0f} s of CPU meanwhile"
+
+    def _cpu_s(self) -> float:
+        """CPU time of the guest's kernel, by which one that spins can be told from one that waits."""
+        assert self._guest is not None
+        try:
+            fields = Path(f"/proc/{self._guest.pid}/stat").read_text().rpartition(")")[2].split()
+        except FileNotFoundError:
+            return 0.0
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def cut(self) -> None:
         """Cut the power: the guest's memory is lost, its disk keeps what was written to it. Nothing if it is off."""
@@ -170,10 +213,10 @@ class Lab:
         """Whether the command is still at work."""
         return self._guest is not None and self._guest.poll() is None and not (self.directory / "status").exists()
 
-    def run(self, command: str, seconds: float) -> int:
+    def run(self, command: str, silence: float = SILENCE_S) -> int:
         """`start` and `wait`."""
         self.start(command)
-        return self.wait(seconds)
+        return self.wait(silence)
 
     def output(self) -> str:
         """What the command wrote."""
@@ -182,15 +225,23 @@ class Lab:
         except FileNotFoundError:
             return ""
 
-    def _show(self) -> None:
+    def _show(self) -> int:
+        """Show what is new of the output; how much there is by now."""
         text = self.output()
         sys.stdout.write(text[self._shown :])
         sys.stdout.flush()
         self._shown = len(text)
+        return self._shown
 
-    def _console(self) -> str:
+    def _console(self, lines: int = 25) -> str:
+        """Its end; of stacks without what is not sure to be part of one."""
         text = (self.directory / "console").read_text(errors="replace")
-        return "\n".join(text.splitlines()[-25:])
+        return "\n".join([line for line in text.splitlines() if "] ? " not in line][-lines:])
+
+    def _last_words(self) -> str:
+        """The end of what the command wrote and of the console: what was shown of it may have scrolled away."""
+        said = "\n".join(self.output().splitlines()[-25:])
+        return f"the end of its output:\n{said}\nthe end of its console:\n{self._console(150)}"
 
 
 def _group(group: int) -> bool:

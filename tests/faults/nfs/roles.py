@@ -7,6 +7,7 @@ on memory that outlives it: who is killed may have done what the log does not te
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -224,8 +225,11 @@ class Submitter:
             except OSError as error:
                 self.log("again", step, error)
                 time.sleep(0.1)
-        if not self.twin:        # save_total_limit: 1
-            shutil.rmtree(self.out / f"checkpoint-{step - PINNED}", ignore_errors=True)
+        if not self.twin:        # save_total_limit: 1. Gone at once, or the twin hands over what is left of it.
+            gone = self.out / f"deleting-{fsio.unique()}"
+            with contextlib.suppress(OSError):
+                (self.out / f"checkpoint-{step - PINNED}").rename(gone)
+            shutil.rmtree(gone, ignore_errors=True)
         return ticket.ticket_id(found.digest, self.suite.digest), handover.tickets["quick"]
 
 

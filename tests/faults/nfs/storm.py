@@ -8,6 +8,7 @@ nothing shown twice and no zombie committed; what was broken is printed otherwis
 
 from __future__ import annotations
 
+import faulthandler
 import gc
 import json
 import os
@@ -35,6 +36,8 @@ RESTART_S = 50.0
 PART_S = 40.0
 """Mean seconds from one loss of host b's network to the next; under NFS 4.2, where the lab gives it a network."""
 PATIENCE_S = 120.0
+SETTLE_S = 600.0
+"""It takes 20 s on a quiet machine."""
 INF = float("inf")
 RUNS = 3
 RUNNERS = 3
@@ -85,6 +88,8 @@ class Storm:
     processes: list[Process]
     rng: random.Random
     counts: Counter[str] = field(default_factory=Counter)
+    server: subprocess.Popen[bytes] | None = None
+    """While it is restarted."""
 
     def __post_init__(self) -> None:
         self._log = Log(self.world, "storm")
@@ -102,9 +107,10 @@ class Storm:
             if now >= stop_at:
                 self._stop(now)
                 stop_at = now + self.rng.expovariate(1 / STOP_S)
-            if now >= restart_at:
+            if now >= restart_at and self.server is None:
                 restart_at = now + RESTART_S
                 self._restart_server()
+            self._restarted(wait=False)
             if now >= part_at:
                 part_at, join_at = INF, now + self.rng.uniform(0.3, 2.5) * self.world.lease
                 self._link("down")
@@ -117,32 +123,39 @@ class Storm:
             time.sleep(0.02)
         if self.network:
             self._link("up")
+        self._restarted(wait=True)
 
     def settle(self) -> bool:
-        """No more faults: let everything drain and end. False when no ticket ends for `PATIENCE_S` before that."""
+        """No more faults: let everything drain and end. False when no ticket ends for `PATIENCE_S` before that, or it
+        goes on for `SETTLE_S`."""
         (self.world.logs / "calm").touch()
         for process in self._living():
             process.signal(signal.SIGCONT)
             process.wakes_at = 0.0
-        ended, moved_at, said_at = -1, time.monotonic(), 0.0
+        begin = time.monotonic()
+        ended, moved_at, said_at = -1, begin, 0.0
         while not self._drained():
             now = time.monotonic()
             self._tend(now, hurry=True)
             before, ended = ended, sum(len(os.listdir(self.world.truth / "queue" / s)) for s in ("done", "cancelled"))
             if ended != before:
                 moved_at = now
-            if now > moved_at + PATIENCE_S:
+            if now > min(moved_at + PATIENCE_S, begin + SETTLE_S):
                 return False
             if now >= said_at:
                 said_at = now + 20.0
                 say(f"  calm: {self._figures()}")
             time.sleep(0.1)
-        for process in self._living():
+        for process in self.processes:
             process.born_at = INF
-            process.signal(signal.SIGKILL if process.name.startswith("user") else signal.SIGTERM)
-        end = time.monotonic() + PATIENCE_S
-        while self._living() and time.monotonic() < end:
-            self._tend(time.monotonic())
+            if process.pid:
+                process.signal(signal.SIGKILL if process.name.startswith("user") else signal.SIGTERM)
+        begin, said_at = time.monotonic(), 0.0
+        while self._living() and (now := time.monotonic()) < begin + PATIENCE_S:
+            self._tend(now)
+            if now >= said_at:
+                said_at = now + 20.0
+                say(f"  at work still: {', '.join(p.name for p in self._living())}")
             time.sleep(0.1)
         return not self._living()
 
@@ -195,11 +208,19 @@ class Storm:
         self._log(what, f"{process.name}.{process.lives}")
 
     def _restart_server(self) -> None:
+        """It is not waited for: it may have to wait for host b's network, which none but the storm brings back."""
         for process in self._living():
             self.hurt(process, "loses its server")
-        subprocess.run(["rpc.nfsd", "0"], check=True)
-        time.sleep(1.0)
-        subprocess.run(["rpc.nfsd", "8"], check=True)
+        self.server = subprocess.Popen(["sh", "-ec", "rpc.nfsd 0; sleep 1; rpc.nfsd 8"])
+
+    def _restarted(self, *, wait: bool) -> None:
+        """Note that the server is back, once it is."""
+        if self.server is None or (not wait and self.server.poll() is None):
+            return
+        assert self.server.wait() == 0, "the server could not be restarted"
+        self.server = None
+        for process in self._living():
+            self.hurt(process, "had lost its server")
         self.counts["server restarts"] += 1
 
     def _link(self, state: str) -> None:
@@ -211,13 +232,15 @@ class Storm:
         subprocess.run(["ip", "-n", "b", "link", "set", "net-b", state], check=True)
 
     def _drained(self) -> bool:
-        """Whether every submitter ended and every ticket is where it stays, and shown."""
+        """Whether every submitter ended and every ticket is where it stays, and shown. Listings of several states are
+        of several moments: what is nowhere among those that wait may have moved from one to another."""
         if any(p.name.startswith("submitter") and p.born_at < INF for p in self.processes):
             return False
         root = self.world.truth / "queue"
-        done = {t.result_name for t in Queue(str(root)).tokens("done")}
-        waiting = next(Queue(str(root)).tokens("pending", "claimed", "failed"), None)
-        return waiting is None and done <= set(os.listdir(root / "published" / "witness"))
+        ended = list(Queue(str(root)).tokens("done", "cancelled"))
+        done = {t.result_name for t in ended if t.state == "done"}
+        shown, known = (set(os.listdir(root / name)) for name in ("published/witness", "tickets"))
+        return known <= {t.ticket for t in ended} and done <= shown
 
     def _figures(self) -> str:
         root = self.world.truth / "queue"
@@ -276,6 +299,7 @@ def main(version: str, a: str, b: str, export: str, seconds: float, seed: int) -
     manifest.WHOLE, manifest.END, manifest.BLOCK, manifest.BLOCKS = 4096, 1024, 64, 8
     logs = Path("/run/storm") / version
     logs.mkdir(parents=True)
+    faulthandler.register(signal.SIGUSR1, (logs / "stacks").open("a"))      # hung.py asks; the children inherit it
     name = f"storm-{version}"
     world = World({"a": Path(a) / name, "b": Path(b) / name}, Path(export) / name, logs, LEASE_S)
     world.truth.mkdir()
@@ -288,9 +312,12 @@ def main(version: str, a: str, b: str, export: str, seconds: float, seed: int) -
         process.start(world, seed)
     storm.blow(seconds)
     drained = storm.settle()
+    if not drained:
+        subprocess.run([sys.executable, "-S", Path(__file__).with_name("hung.py")], check=False)
     for process in storm._living():
         process.signal(signal.SIGKILL)
-    found = verdict.judge(world, drained=drained)
+    say("  all of it ended; the verdict")
+    found = verdict.judge(world, drained=drained, say=say)
     say(verdict.table(found, storm.counts, version, seed, time.monotonic() - began))
     for problem in found.problems:
         say(f"  BROKEN: {problem}")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from autoeval_hooks import handover, keeper
@@ -25,10 +26,11 @@ class Verdict:
     problems: list[str] = field(default_factory=list)
 
 
-def judge(world: World, *, drained: bool) -> Verdict:
+def judge(world: World, *, drained: bool, say: Callable[[str], None]) -> Verdict:
     """Tidy up as the product does, then look at everything."""
     for host in world.mounts:
         _in_child(world, host)
+        say(f"  host {host} is tidy")
     found = Verdict()
     queue = Queue(str(world.truth / "queue"), runner="judge")
     tokens = list(queue.tokens())
@@ -39,6 +41,7 @@ def judge(world: World, *, drained: bool) -> Verdict:
         found.problems.append("it did not drain: a ticket or a process was still at work when time was up")
     for rule in (_tickets, _states, _commits, _leases, _points, _pins, _leftovers, _processes):
         problems = list(rule(world, queue, by_id, found.figures))
+        say(f"  looked at its {rule.__name__.strip('_')}: {len(problems)} problems")
         found.problems += problems[:10]
         if len(problems) > 10:
             found.problems.append(f"… and {len(problems) - 10} more of the kind")
@@ -148,10 +151,18 @@ def _states(world: World, queue: Queue, by_id: Tokens, figures: Counter[str]) ->
     for token in (t for tokens in by_id.values() for t in tokens):
         figures[f"… {token.state}"] += 1
         if token.state not in ("done", "cancelled"):
-            yield f"ticket {token.ticket[:12]} is {token.state} in the end: {queue.reason(token)}"
+            why = queue.reason(token) or _failure(world, token)
+            yield f"ticket {token.ticket[:12]} is {token.state} in the end: {why}"
         elif token.state == "cancelled" and (token.ticket not in cancels or not queue.reason(token)):
             yield f"ticket {token.ticket[:12]} is cancelled by nobody, or without its reason"
     figures["results of attempts that do not count"] = len(os.listdir(world.truth / "queue/results")) - len(results)
+
+
+def _failure(world: World, token: Token) -> str:
+    """Why the last attempt at a ticket failed; "" where none left a record."""
+    records = list((world.truth / "queue" / "results").glob(f"{token.ticket}~*/result.json"))
+    found = [json.loads(r.read_text())["failure"] for r in sorted(records, key=lambda r: r.stat().st_mtime_ns)]
+    return next((f["message"] for f in reversed(found) if f), "")
 
 
 def _commits(world: World, queue: Queue, by_id: Tokens, figures: Counter[str]) -> Iterator[str]:
@@ -212,5 +223,7 @@ def _leftovers(world: World, queue: Queue, by_id: Tokens, figures: Counter[str])
     yield from (f"tmp/{name} is left" for name in os.listdir(world.truth / "queue/tmp"))
     for state in STATES:
         for name in os.listdir(world.truth / "queue" / state):
-            if not name.startswith("reason-") and Token.parse(state, name) is None:
+            if re.match(r"\.reason-.*~user-", name):
+                figures["reasons of users who were killed as they wrote"] += 1     # no token; nobody ever reads it
+            elif not name.startswith("reason-") and Token.parse(state, name) is None:
                 yield f"{state}/{name} is no token"
