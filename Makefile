@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE    # compiled modules start in half the time
 
-.PHONY: help helm demo test test-demo test-wandb test-faults test-nfs lint clean
+.PHONY: help helm demo test test-demo test-wandb test-faults test-nfs test-megatron lint clean
 .DEFAULT_GOAL := help
 
 help:
@@ -13,6 +13,7 @@ help:
 	@echo "make test-wandb  points lost on the way, and a W&B service that is away, hangs or refuses; 5 minutes"
 	@echo "make test-faults  a process killed or paused, and every error, at every call into the file system; 5 minutes"
 	@echo "make test-nfs     the queue on a real kernel NFS and through power cuts, in a guest; 10 minutes; see tests/faults/nfs"
+	@echo "make test-megatron  real trainings with Megatron-LM on the CPU"
 	@echo "make clean        remove what the targets made here"
 
 .venv/.ready: pyproject.toml
@@ -32,7 +33,7 @@ lint: .venv/.ready
 	$(BIN)/mypy
 
 test: lint helm
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest -m "not slow and not megatron"
 
 test-demo: helm
 	$(BIN)/python -m pytest -m slow tests/acceptance
@@ -46,5 +47,14 @@ test-faults: .venv/.ready
 test-nfs: .venv/.ready
 	$(BIN)/python -m pytest -s -m slow tests/faults/nfs
 
+.venv-megatron/.ready: tests/megatron/requirements.txt tests/megatron/serve.txt .venv/.ready
+	rm -rf .venv-megatron
+	$(BIN)/pip install --quiet --target .venv-megatron --no-deps --only-binary=:all: --python-version 3.12 -r $<
+	$(BIN)/pip install --quiet --target .venv-megatron -r tests/megatron/serve.txt
+	@touch $@
+
+test-megatron: helm .venv-megatron/.ready
+	$(BIN)/python -m pytest -m megatron tests/megatron
+
 clean:
-	rm -rf .venv demo_output .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf .venv .venv-megatron demo_output .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -1,4 +1,4 @@
-"""`python -m autoeval_hooks submit PATH --step N --config FILE`: hand a checkpoint over by hand.
+"""`python -m autoeval_hooks submit PATH [--step N] --config FILE`: hand a checkpoint over by hand.
 `python -m autoeval_hooks doctor --config FILE`: does this host's file system serve as a queue?
 """
 
@@ -28,7 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     one = commands.add_parser("submit", help="hand a complete checkpoint over for evaluation")
     one.add_argument("path", help="the checkpoint's directory")
-    one.add_argument("--step", type=int, required=True, help="the training step that it was saved at")
+    one.add_argument("--step", type=int, help="the training step that it was saved at (default: what its name says)")
     one.add_argument("--suite", action="append", default=[], help="a suite to use, whatever its cadence (repeatable)")
     one.add_argument("--tokens", type=int, help="tokens that training had consumed")
     other = commands.add_parser("doctor", help="look at the queue's file system from this host, and say what to do")

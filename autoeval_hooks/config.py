@@ -21,7 +21,9 @@ from autoeval_hooks.yamlfile import expand as expand
 from autoeval_hooks.yamlfile import read_yaml as read_yaml
 
 VERSION = 1
-KEYS = ("version", "queue", "run", "hook", "path_map", "suites", "runner", "environments", "sinks")
+KEYS = (
+    "version", "queue", "run", "hook", "path_map", "suites", "runner", "server", "convert", "environments", "sinks",
+)  # fmt: skip
 """All keys at the top level of the file; the runner's model has the same."""
 
 _SUITE_NAME = re.compile(r"(?!\.+\Z)[A-Za-z0-9_.-]{1,64}\Z")

@@ -25,6 +25,10 @@ class CheckpointError(AutoEvalError):
     kind = "checkpoint"
 
 
+class IncompleteError(CheckpointError):
+    """A checkpoint whose save is not over, or was cut off; for who watches it being written, it may be later."""
+
+
 class TicketError(AutoEvalError, ValueError):
     """A ticket that is torn, hostile, or written by a newer version. It is quarantined, never executed."""
 

@@ -10,16 +10,17 @@ import contextlib
 import json
 import logging
 import os
+import re
 import time
 import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 
 from autoeval_hooks import config as configs
-from autoeval_hooks import fsio, manifest, pin, run_identity, strict, ticket
+from autoeval_hooks import fsio, layouts, manifest, pin, run_identity, strict, ticket
 from autoeval_hooks.config import HookConfig
 from autoeval_hooks.errors import AutoEvalError, CheckpointError, ConfigError
-from autoeval_hooks.manifest import Manifest
+from autoeval_hooks.manifest import Manifest, MegatronRecord
 from autoeval_hooks.queue import Queue
 from autoeval_hooks.retention import make_room, tidy_pins
 from autoeval_hooks.run_identity import RunIdentity, current
@@ -42,6 +43,7 @@ class Save:
     saved_at: float
     samples: int | None = None
     tokens: int | None = None
+    megatron: MegatronRecord | None = None
 
 
 @dataclass
@@ -87,7 +89,7 @@ class Handover:
         save = self.save
         return manifest.build(
             directory, path=save.path, step=save.step, run=save.run, samples=save.samples, tokens=save.tokens,
-            tokenizer=self.config.run.tokenizer or "", saved_at=save.saved_at,
+            tokenizer=self.config.run.tokenizer or "", saved_at=save.saved_at, megatron=save.megatron,
         )  # fmt: skip
 
     def abandon(self) -> None:
@@ -156,21 +158,22 @@ def due(config: HookConfig, step: int) -> tuple[str, ...]:
 
 
 def submit(
-    path: str | os.PathLike[str], *, step: int, config: str | os.PathLike[str],
+    path: str | os.PathLike[str], *, step: int | None = None, config: str | os.PathLike[str],
     suites: tuple[str, ...] = (), run: RunIdentity | None = None, tokens: int | None = None,
 ) -> dict[str, bool]:  # fmt: skip
     """Hand the complete checkpoint directory `path` over, as the hook does, and wait for it.
 
-    `suites` names those to use whatever their cadence says (default: those that are due at `step`), `run`
-    the run that the scores belong to (default: the W&B run open in this process, else the directory's own),
-    `tokens` what training had consumed. Returns suite → whether its ticket is new. Raises AutoEvalError.
+    `step` is what the directory's name says if it is left out (`checkpoint-10`, `iter_0000010`); for a checkpoint of
+    Megatron's it can be nothing else. `suites` names those to use whatever their cadence says (default: those that are
+    due at `step`), `run` the run that the scores belong to (default: the W&B run open in this process, else the
+    directory's own), `tokens` what training had consumed. Returns suite → whether its ticket is new. Raises
+    AutoEvalError.
     """
     settings = configs.load(config)
     where = os.path.abspath(path)
     if not os.path.isdir(where):
         raise CheckpointError(f"{where}: not a directory; name the checkpoint's own")
-    if step < 0:
-        raise ConfigError(f"--step: {step} is less than 0; give the step that the checkpoint was saved at")
+    step = _step_of(where, step)
     for name in suites:
         if name not in settings.suites:
             raise ConfigError(f"{settings.path}: suites.{name}: not defined{near(name, settings.suites)}")
@@ -189,6 +192,33 @@ def submit(
     except OSError as error:
         raise AutoEvalError(f"{where}: not handed over to {settings.queue}: {error}; try again") from error
     return handover.tickets
+
+
+def _step_of(checkpoint: str, given: int | None) -> int:
+    """The step that a checkpoint given by hand was saved at. Raises AutoEvalError."""
+    name, iteration = os.path.basename(checkpoint), layouts.iteration(checkpoint)
+    try:
+        megatron = layouts.is_megatron(os.listdir(checkpoint))
+    except OSError as error:
+        raise AutoEvalError(f"{checkpoint}: cannot be listed ({error.strerror}); try again") from error
+    if megatron:
+        if not iteration:
+            raise ConfigError(
+                f"{checkpoint}: Megatron finds a checkpoint by its iteration, from 1, and {name!r} does not name one "
+                "as iter_0000010 does; give the directory such a name"
+            )
+        if given not in (None, iteration):
+            raise ConfigError(f"--step: {given} is not the iteration of {checkpoint}, by which Megatron finds it; "
+                              "leave --step out")  # fmt: skip
+        return iteration
+    found = re.fullmatch(r"checkpoint-(\d{1,18})", name)
+    step = given if given is not None else int(found[1]) if found else iteration
+    if step is None:
+        raise ConfigError(f"--step: missing, and {name!r} does not tell it as checkpoint-10 does; give the step that "
+                          "the checkpoint was saved at")  # fmt: skip
+    if step < 0:
+        raise ConfigError(f"--step: {step} is less than 0; give the step that the checkpoint was saved at")
+    return step
 
 
 @contextlib.contextmanager

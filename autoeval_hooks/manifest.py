@@ -14,9 +14,10 @@ import os
 import stat
 import time
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
-from autoeval_hooks.errors import CheckpointError
+from autoeval_hooks import layouts
+from autoeval_hooks.errors import CheckpointError, IncompleteError
 from autoeval_hooks.fsio import hostname
 from autoeval_hooks.run_identity import RunIdentity
 
@@ -54,13 +55,39 @@ class FileRecord:
 
 
 @dataclass(frozen=True)
+class MegatronRecord:
+    """What Megatron-LM's arguments said at the save; 0 and "" where nothing did (a checkpoint given by hand).
+
+    `format` is its `--ckpt-format`, `version` that of megatron.core, `seq_length` in tokens, the `*_parallel` sizes in
+    ranks. `tokenizer` holds the arguments that name the tokenizer (`tokenizer_model`, `vocab_file`, …) as training
+    gave them, `tokenizer_files` the files behind them, with absolute paths as training sees them.
+    """
+
+    format: str = ""
+    version: str = ""
+    world_size: int = 0
+    tensor_parallel: int = 0
+    pipeline_parallel: int = 0
+    context_parallel: int = 0
+    expert_parallel: int = 0
+    seq_length: int = 0
+    padded_vocab_size: int = 0
+    num_layers: int = 0
+    hidden_size: int = 0
+    num_attention_heads: int = 0
+    tokenizer_type: str = ""
+    tokenizer: dict[str, str] = field(default_factory=dict)
+    tokenizer_files: tuple[FileRecord, ...] = ()
+
+
+@dataclass(frozen=True)
 class Manifest:
     """The record of one checkpoint.
 
-    `path` is the directory as the training host names it, `step` the optimizer step, `samples` and
-    `tokens` what training had consumed (None: unknown). `weights_digest` covers the weight files alone,
-    `digest` every file, the step and the run: it identifies the checkpoint. `saved_at` is in seconds
-    since the epoch by the training host's clock, for people to read.
+    `path` is the directory as the training host names it, `kind` is ``huggingface`` or ``megatron``, `step` the
+    optimizer step, `samples` and `tokens` what training had consumed (None: unknown). `weights_digest` covers the
+    weight files alone, `digest` every file, the step and the run: it identifies the checkpoint. `saved_at` is in
+    seconds since the epoch by the training host's clock, for people to read.
     """
 
     version: int
@@ -76,6 +103,7 @@ class Manifest:
     tokenizer: str
     host: str
     saved_at: float
+    megatron: MegatronRecord | None = None
 
     @property
     def has_tokenizer(self) -> bool:
@@ -83,21 +111,29 @@ class Manifest:
 
     @property
     def pickled(self) -> tuple[str, ...]:
-        """Weight files that are pickles: loading one can run code."""
+        """Files that are pickles, or hold some: loading one can run code."""
+        if self.kind == "megatron":
+            return tuple(f.path for f in self.files if not f.path.endswith(".json"))
         return tuple(f.path for f in self.files if _matches(f.path, WEIGHTS) and not f.path.endswith(".safetensors"))
 
 
 def build(
     directory: str, *, path: str, step: int, run: RunIdentity, samples: int | None = None,
     tokens: int | None = None, tokenizer: str = "", saved_at: float | None = None,
+    megatron: MegatronRecord | None = None,
 ) -> Manifest:  # fmt: skip
-    """The manifest of the Hugging Face checkpoint at `path`, read from `directory`: its pin, or itself.
+    """The manifest of the checkpoint at `path`, read from `directory`: its pin, or itself. `megatron` is what training
+    says of a checkpoint of Megatron's; one of those is recognised without, too.
 
-    Raises CheckpointError where there are no weights or the checkpoint is not complete, and OSError where the file
-    system fails for now.
+    Raises CheckpointError where there are no weights, IncompleteError where the save is not over or was cut off, and
+    OSError where the file system fails for now.
     """
     names = model_files(directory)
-    if not any(_matches(n, WEIGHTS) for n in names):
+    if megatron is not None or layouts.is_megatron(_listed(directory)):
+        known = megatron or MegatronRecord()
+        ranks = (known.tensor_parallel, known.pipeline_parallel, known.expert_parallel)
+        megatron = replace(known, format=layouts.check_complete(path, directory, names, known.format, ranks))
+    elif not any(map(is_weights, names)):
         raise CheckpointError(
             f"{path}: no weights (*.safetensors or pytorch_model*.bin); a sharded FSDP or ZeRO-3 save holds none: "
             "save a full state dict (FSDP: SHARDED_STATE_DICT → FULL_STATE_DICT; ZeRO-3: "
@@ -105,9 +141,10 @@ def build(
         )
     files = tuple(record(directory, name) for name in names)
     draft = Manifest(
-        version=VERSION, path=path, kind="huggingface", step=step, samples=samples, tokens=tokens, files=files,
+        version=VERSION, path=path, kind="megatron" if megatron else "huggingface", step=step, samples=samples,
+        tokens=tokens, files=files,
         weights_digest=weights_digest_of(files), digest="", run=run, tokenizer=tokenizer, host=hostname(),
-        saved_at=time.time() if saved_at is None else saved_at,
+        saved_at=time.time() if saved_at is None else saved_at, megatron=megatron,
     )  # fmt: skip
     return replace(draft, digest=digest_of(draft))
 
@@ -120,18 +157,39 @@ def digest_of(manifest: Manifest) -> str:
 
 def weights_digest_of(files: Iterable[FileRecord]) -> str:
     """The digest of the weights alone: equal for two checkpoints that answer alike."""
-    return _hash([f.path, f.size, f.digest] for f in files if _matches(f.path, WEIGHTS))
+    return _hash([f.path, f.size, f.digest] for f in files if _matches(f.path, WEIGHTS + layouts.WEIGHTS))
 
 
 def model_files(directory: str) -> list[str]:
-    """The files that evaluating needs, sorted; sub-directories are not part of a Hugging Face checkpoint's model."""
+    """The files that evaluating needs, relative to the checkpoint and sorted, of the checkpoint or pin in `directory`.
+    Sub-directories are not part of a Hugging Face checkpoint's model."""
+    names = _listed(directory)
+    if INCOMPLETE in names:
+        raise IncompleteError(f"{directory}: {INCOMPLETE} says that its save was cut off")
+    if layouts.is_megatron(names):
+        return layouts.megatron_files(directory, names)
+    return [n for n in names if _matches(n, MODEL) and _is_file(os.path.join(directory, n))]
+
+
+def _listed(directory: str) -> list[str]:
     try:
-        names = sorted(os.listdir(directory))
+        return sorted(os.listdir(directory))
     except GONE as error:
         raise CheckpointError(f"{directory}: cannot be listed ({error.strerror}); was it deleted?") from error
-    if INCOMPLETE in names:
-        raise CheckpointError(f"{directory}: {INCOMPLETE} says that its save was cut off")
-    return [n for n in names if _matches(n, MODEL) and os.path.isfile(os.path.join(directory, n))]
+
+
+def is_weights(name: str) -> bool:
+    """Whether a file of this name holds weights of a Hugging Face checkpoint."""
+    return _matches(name, WEIGHTS)
+
+
+def _is_file(path: str) -> bool:
+    """Raises CheckpointError for one that was deleted since it was listed: what is left would pass for the whole."""
+    if os.path.isfile(path):
+        return True
+    if not os.path.lexists(path):
+        raise CheckpointError(f"{path}: was deleted meanwhile")
+    return False
 
 
 def record(directory: str, name: str) -> FileRecord:
@@ -140,7 +198,7 @@ def record(directory: str, name: str) -> FileRecord:
     A symbolic link is followed, wherever it leads: model caches are full of them, and it is the content that the
     digest is taken of. Only what the manifest's digests match is evaluated, and no content is published.
     """
-    full = os.path.join(directory, name)
+    full = layouts.place(directory, name)
     try:
         if not stat.S_ISREG(os.stat(full).st_mode):     # opening a pipe waits, and a device may act on it
             raise CheckpointError(f"{full}: not a regular file")

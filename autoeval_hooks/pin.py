@@ -15,7 +15,7 @@ import os
 import re
 from collections.abc import Callable
 
-from autoeval_hooks import fsio, manifest, ticket
+from autoeval_hooks import fsio, layouts, manifest, ticket
 from autoeval_hooks.errors import CheckpointError
 from autoeval_hooks.fsio import FileOps
 
@@ -79,7 +79,7 @@ def make(source: str, pins: str, way: str, ops: FileOps | None = None) -> str:
     try:
         ops.mkdir(target)
         for name in manifest.model_files(source):
-            _pin_file(ops, os.path.join(source, name), os.path.join(target, name), way)
+            _pin_file(ops, layouts.place(source, name), os.path.join(target, layouts.flat(name)), way)
         ops.sync_dir(target)
     except BaseException as error:
         with contextlib.suppress(OSError):      # one that cannot be removed now is an orphan's for `tidy_pins` and `gc`

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
+from autoeval_hooks.errors import ConfigError
 from autoeval_hooks.fsio import FileOps
 from autoeval_hooks.queue import Token
 from autoeval_hooks.ticket import Ticket
-from eval_runner import scratch
-from eval_runner.checkpoints import huggingface
+from eval_runner import registry, scratch
+from eval_runner.checkpoints.base import Prepare, Request, Servable
 from eval_runner.config.models import Config, Suite
 from eval_runner.evaluators.base import Evaluator, Job
 from eval_runner.lease import limits
 from eval_runner.parts import Kept
 from eval_runner.progress import Progress
 from eval_runner.results.schema import VERSION, Evaluation, Instance, Result
+from eval_runner.servers.base import Server, Serving
+from eval_runner.servers.shared import Shared
 
 
 @dataclass(frozen=True)
@@ -48,36 +53,80 @@ class Attempt:
 
 
 def evaluate(
-    attempt: Attempt, evaluators: Sequence[Evaluator], config: Config, stopping: Callable[[], bool], show: Progress,
-    ops: FileOps,
+    attempt: Attempt, evaluators: Sequence[Evaluator], server: Server | None, config: Config,
+    stopping: Callable[[], bool], show: Progress, ops: FileOps,
 ) -> tuple[Result, list[Instance]]:  # fmt: skip
-    """Verify the checkpoint, evaluate it, verify it again. Raises what `huggingface.verify` and evaluators raise."""
+    """Verify the checkpoint, evaluate it, verify it again. Raises what adapters, servers and evaluators raise."""
     ticket, section = attempt.ticket, config.runner
-    checkpoint = huggingface.verify(
-        ticket, config.path_map, allow_pickled_weights=section.allow_pickled_weights,
-        trust_remote_code=section.trust_remote_code,
-    )  # fmt: skip
+    log = f"{config.queue}/logs/{attempt.token.result_name}"
+    prepare: Prepare = registry.get("checkpoints", ticket.manifest.kind, f"the manifest of {ticket.manifest.path}")
+    if ticket.manifest.kind == "megatron" and server is None and config.convert is None:
+        raise _no_server(config, ticket.manifest.path)      # before its files are read
     evaluations: list[Evaluation] = []
     instances: list[Instance] = []
-    for i, evaluator in enumerate(evaluators):
-        kind = attempt.suite.evaluators[i]["type"]
-        with scratch.directory() as work:
-            job = Job(
-                path=checkpoint.path, tokenizer=checkpoint.tokenizer, name=_model_name(ticket), work_dir=work,
-                trust_remote_code=section.trust_remote_code,
-                log=config.queue / "logs" / f"{attempt.token.result_name}.{i}-{kind}.log",
-                stopping=stopping,
-                progress=show.evaluation(ticket, kind),
-                finished=Kept(
-                    config.queue, i, lambda done: attempt.result("ok", evaluations=done), checkpoint.unchanged, ops
-                ),
-                limits=limits(section.lease, section.timeout),
-            )  # fmt: skip
-            outcome = evaluator.evaluate(job)
-            evaluations.append(outcome.evaluation)
-            instances.extend(outcome.instances)
-    checkpoint.unchanged()
+    with scratch.directory() as work:
+        request = Request(
+            ticket, config, work, Path(f"{log}.{ticket.manifest.kind}.log"), stopping,
+            partial(show.evaluation, ticket), limits(section.lease, section.timeout),
+        )  # fmt: skip
+        with prepare(request) as checkpoint, _served(attempt, server, checkpoint, config, work, stopping) as served:
+            facts = checkpoint.facts | (server.facts(checkpoint) if server and served else {})
+            record = checkpoint.megatron
+            for i, evaluator in enumerate(evaluators):
+                kind = attempt.suite.evaluators[i]["type"]
+                own = work / f"{i}-{kind}"
+                own.mkdir()
+                job = Job(
+                    path=checkpoint.path, tokenizer=checkpoint.tokenizer, name=_model_name(ticket), work_dir=own,
+                    trust_remote_code=section.trust_remote_code,
+                    log=Path(f"{log}.{i}-{kind}.log"),
+                    endpoint=served.endpoint if served else None,
+                    max_length=record.seq_length or None if record and served else None,
+                    stopping=served.stopping if served else stopping,
+                    progress=show.evaluation(ticket, kind),
+                    finished=Kept(
+                        config.queue, i, lambda done: attempt.result("ok", evaluations=done), checkpoint.unchanged, ops
+                    ),
+                    limits=limits(section.lease, section.timeout),
+                    facts=facts,
+                )  # fmt: skip
+                with served.answering() if served else contextlib.nullcontext():
+                    outcome = evaluator.evaluate(job)
+                evaluations.append(outcome.evaluation)
+                instances.extend(outcome.instances)
+                scratch.remove(own)
+            checkpoint.unchanged()
     return attempt.result("ok", evaluations=tuple(evaluations)), instances
+
+
+@contextlib.contextmanager
+def _served(
+    attempt: Attempt, server: Server | None, checkpoint: Servable, config: Config, work: Path,
+    stopping: Callable[[], bool],
+) -> Iterator[Shared | None]:  # fmt: skip
+    """The ticket's server, which starts when it is first asked for; None where evaluators load the checkpoint."""
+    if server is None or not server.serves(checkpoint):
+        if checkpoint.megatron is not None:
+            raise _no_server(config, attempt.ticket.manifest.path)
+        yield None
+        return
+    own = work / "server"
+    own.mkdir()
+    serving = Serving(
+        checkpoint, _model_name(attempt.ticket), attempt.ticket.manifest.step, own,
+        config.queue / "logs" / f"{attempt.token.result_name}.server.log", stopping,
+        limits(config.runner.lease, None),
+    )  # fmt: skip
+    with Shared(server, serving) as shared:
+        yield shared
+
+
+def _no_server(config: Config, checkpoint: str) -> ConfigError:
+    what = f"server: {config.server['type']} does not serve" if config.server else "nothing here serves or converts"
+    return ConfigError(
+        f"{config.path}: {what} checkpoints of Megatron-LM such as {checkpoint}; add "
+        "`server: {type: megatron, checkout: DIRECTORY OF MEGATRON-LM}`, or `convert: {command: [PROGRAM, ARGUMENT…]}`"
+    )
 
 
 def _model_name(ticket: Ticket) -> str:

@@ -30,6 +30,7 @@ from autoeval_hooks.queue import Queue, Token
 from autoeval_hooks.run_identity import RunIdentity
 from autoeval_hooks.ticket import Ticket
 from eval_runner import breaker, environments, registry, status
+from eval_runner.checkpoints import convert
 from eval_runner.config.models import Config
 from eval_runner.sinks import wandb_doctor
 
@@ -62,7 +63,7 @@ def examine(config: Config) -> list[Finding]:
         _part("versions", _versions), _part("plugins", partial(_plugins, config)),
         _part("queue", lambda: check_queue(str(config.queue))), _part("path_map", partial(_path_map, config)),
         gathered, *map(_part, _PARTS, with_queue), _part("evaluators", partial(_evaluators, config)),
-        _part("GPU", _gpu),
+        _part("server", partial(_server, config)), _part("convert", partial(_convert, config)), _part("GPU", _gpu),
     ]  # fmt: skip
     end = time.monotonic() + DEADLINE_S
     return [finding for part in parts for finding in part.wait(end)]
@@ -124,6 +125,7 @@ def _versions() -> list[Finding]:
 def _plugins(config: Config) -> list[Finding]:
     named = {("evaluators", e["type"]) for s in config.suites.values() for e in s.evaluators}
     named |= {("sinks", e["type"]) for e in config.sinks}
+    named |= {("servers", config.server["type"])} if config.server else set()
     findings, works = [], 0
     for kind in get_args(registry.Kind):
         for name in sorted({point.name for point in entry_points(group=f"autoeval.{kind}")}):
@@ -160,6 +162,27 @@ def _evaluators(config: Config) -> list[Finding]:
         else:
             findings.append(Finding("ok", where, "its evaluators have what they need"))
     return findings
+
+
+def _server(config: Config) -> list[Finding]:
+    try:
+        server = registry.build_server(config)
+        if server is None:
+            return []
+        server.check()
+    except ConfigError as error:
+        return [Finding("problem", "server", line) for line in str(error).splitlines()]
+    return [Finding("ok", "server", "has what it needs")]
+
+
+def _convert(config: Config) -> list[Finding]:
+    if config.convert is None:
+        return []
+    try:
+        convert.check(config)
+    except ConfigError as error:
+        return [Finding("problem", "convert", line) for line in str(error).splitlines()]
+    return [Finding("ok", "convert", f"its program is there; results: {convert.directory_of(config.convert)}")]
 
 
 def _gpu() -> list[Finding]:

@@ -56,18 +56,21 @@ def run(
     grace: float = GRACE_S,
     silence: float = SILENCE_S,
     on_tick: Callable[[], None] | None = None,
+    on_start: Callable[[int], None] = lambda pid: None,
 ) -> int:
     """The exit status of `argv`, negative for a signal as in `subprocess`. Its output is appended to `log`.
 
     `stopping` must answer at once. `on_tick` is called now and then in a thread of its own, and what it raises is
-    raised here. Raises Stopped, TimedOut after `timeout` seconds, AutoEvalError if this process stood still for
-    `silence` seconds, and OSError where the program cannot be started. Told to end, it has `grace` seconds for it.
+    raised here. `on_start` is told the process id of the supervisor, which all of the program is below. Raises
+    Stopped, TimedOut after `timeout` seconds, AutoEvalError if this process stood still for `silence` seconds, and
+    OSError where the program cannot be started. Told to end, it has `grace` seconds for it.
     """
     started = time.monotonic()
     name = Path(argv[0]).name
     with contextlib.ExitStack() as stack:
         child = _Child(argv, env, cwd, silence)
         stack.callback(child.close)
+        on_start(child.pid)
         side = _Side(child.output, log, on_tick)
         stack.callback(side.close)
         try:
@@ -153,6 +156,11 @@ class _Child:
         if "ended" in self._said:
             return os.waitstatus_to_exitcode(self._said["ended"])
         return over                         # the supervisor itself was killed, if any
+
+    @property
+    def pid(self) -> int:
+        """The supervisor's."""
+        return self._supervisor.pid
 
     def abandoned(self) -> bool:
         """Whether it was ended because this process stood still."""

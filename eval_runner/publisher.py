@@ -13,6 +13,7 @@ from autoeval_hooks.errors import TicketError
 from autoeval_hooks.queue import Queue, Token
 from eval_runner.results import store
 from eval_runner.sinks.base import Sink
+from eval_runner.stop import Stop
 
 log = logging.getLogger("autoeval")
 
@@ -49,7 +50,7 @@ class Publisher:
         """Something was finished: look now."""
         self._wake.set()
 
-    def settle(self, timeout: float, stopped: threading.Event) -> bool:
+    def settle(self, timeout: float, stopped: Stop) -> bool:
         """Wait until every sink shows everything that is done; False when some still waits after `timeout` s, or
         `stopped` was set."""
         end, start = time.monotonic() + timeout, self._rounds

@@ -7,6 +7,7 @@ list. Names are looked up in the installed packages' metadata, and code is loade
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from importlib.metadata import EntryPoint, PackageNotFoundError, distribution, entry_points
 from typing import Any, Literal
 
@@ -16,6 +17,7 @@ from autoeval_hooks.strict import near
 from eval_runner import environments
 from eval_runner.config.models import Config, Suite
 from eval_runner.evaluators.base import Context, Evaluator
+from eval_runner.servers.base import Server
 from eval_runner.sinks import base as sinks
 from eval_runner.sinks.base import Sink
 
@@ -53,15 +55,18 @@ def get(kind: Kind, name: str, where: str) -> Any:
 def build_evaluators(config: Config, suite: Suite) -> list[Evaluator]:
     """The suite's evaluators, in its order. Raises one ConfigError with what is wrong with any of them."""
 
-    def context(where: str) -> Context:
-        return Context(
-            base_dir=config.path.parent,
-            environments=config.environments or environments.default_root(),
-            where=where,
-            config_file=str(config.path),
-        )
+    where = f"suites.{suite.name}.evaluators"
+    return _build("evaluators", config, suite.evaluators, where, partial(_context, config))
 
-    return _build("evaluators", config, suite.evaluators, f"suites.{suite.name}.evaluators", context)
+
+def build_server(config: Config) -> Server | None:
+    """What `server:` names, None where nothing is. Raises one ConfigError with what is wrong with it."""
+    if config.server is None:
+        return None
+    settings = {name: value for name, value in config.server.items() if name != "type"}
+    make = get("servers", config.server["type"], f"{config.path}: server.type")
+    server: Server = make(settings, _context(config, "server"))
+    return server
 
 
 def build_sinks(
@@ -84,6 +89,15 @@ def build_sinks(
         )
 
     return _build("sinks", config, config.sinks, "sinks", context)
+
+
+def _context(config: Config, where: str) -> Context:
+    return Context(
+        base_dir=config.path.parent,
+        environments=config.environments or environments.default_root(),
+        where=where,
+        config_file=str(config.path),
+    )
 
 
 def _build(

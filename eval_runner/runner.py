@@ -9,7 +9,6 @@ import contextlib
 import logging
 import os
 import signal
-import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -38,7 +37,9 @@ from eval_runner.progress import Progress
 from eval_runner.publisher import Publisher
 from eval_runner.results import store
 from eval_runner.results.schema import Failure
+from eval_runner.servers.base import Server
 from eval_runner.sinks.base import Sink
+from eval_runner.stop import Stop
 
 log = logging.getLogger("autoeval")
 
@@ -66,8 +67,10 @@ class Runner:
     sinks: dict[str, Sink]
     progress: Progress
     name: str = field(default_factory=fsio.unique)
-    stopped: threading.Event = field(default_factory=threading.Event)
+    stopped: Stop = field(default_factory=Stop)
     """Set it to have the ticket in hand given back and `run` return."""
+    server: Server | None = None
+    """What checkpoints that evaluators cannot load themselves are served with, checked."""
     ops: FileOps = field(default_factory=FileOps)
     """Every call into the file system that moves a ticket or records what became of it."""
     done: int = 0
@@ -248,7 +251,7 @@ class Runner:
         """Evaluate, record, and commit."""
         ticket, token, root = attempt.ticket, attempt.token, self.config.queue
         result, instances = attempts.evaluate(
-            attempt, self.evaluators[attempt.suite.name], self.config, stopping, self.progress, self.ops
+            attempt, self.evaluators[attempt.suite.name], self.server, self.config, stopping, self.progress, self.ops
         )
         store.write(root, token.result_name, result, instances, ops=self.ops)
         try:

@@ -1,9 +1,9 @@
 """Keep the secrets of our environment out of what we write: logs of what we run, records, messages.
 
 A secret is the value of an environment variable that is named for one (``…_KEY``, ``…_TOKEN``, ``…PASSWORD``), that the
-configuration names by a key such as ``api_key_env``, or that fills a ``${VAR}`` in an evaluator's or a sink's entry and
-is no path. What looks like a well-known kind of key, or stands as a password in an URL, is masked too. This is the last
-line: nothing writes a secret on purpose, but programs that we run print what they like.
+configuration names by a key such as ``api_key_env``, or that fills a ``${VAR}`` in the entry of an evaluator, a
+server or a sink and is no path. What looks like a well-known kind of key, or stands as a password in an URL, is masked
+too. This is the last line: nothing writes a secret on purpose, but programs that we run print what they like.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _named: set[str] = set()
 
 
 def learn(raw: dict[str, Any]) -> None:
-    """Note which variables an unexpanded configuration uses where secrets may stand: in evaluators and in sinks."""
+    """Note which variables an unexpanded configuration uses where secrets may stand: in what is for plugins."""
     suites = raw.get("suites")
     entries = [s.get("evaluators") for s in suites.values() if isinstance(s, dict)] if isinstance(suites, dict) else []
-    for key, text in _texts("", [*entries, raw.get("sinks")]):
+    for key, text in _texts("", [*entries, raw.get("server"), raw.get("sinks")]):
         _filled.update(m["name"] for m in VARIABLE.finditer(text) if m["name"])
         if key.endswith("_env"):
             _named.add(text)

@@ -54,7 +54,7 @@ def main(report: int, silence: float, argv: list[str]) -> None:
                 break
             heard = time.monotonic()
         ended |= _reap()
-    while below := _descendants(os.getpid()):
+    while below := descendants(os.getpid()):
         for pid in below:
             with contextlib.suppress(OSError):      # it is gone, or runs as another user
                 os.kill(pid, signal.SIGKILL)
@@ -77,7 +77,8 @@ def _reap() -> dict[int, int]:
         ended[pid] = status
 
 
-def _descendants(root: int) -> list[int]:
+def descendants(root: int) -> list[int]:
+    """The processes below `root`, the nearest first."""
     parents = {}
     for name in os.listdir("/proc"):
         if name.isdigit():

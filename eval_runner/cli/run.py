@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import sys
-import threading
 
 import click
 
 from autoeval_hooks import fsio
 from eval_runner import config as configs
 from eval_runner import registry
+from eval_runner.checkpoints import convert
 from eval_runner.cli.options import config_option
 from eval_runner.progress import Progress
 from eval_runner.runner import Mode, Runner, stopped_by_signals
+from eval_runner.stop import Stop
 
 FAILED, LATER = 1, 75
 
@@ -32,10 +33,13 @@ def run(config_file: str, mode: Mode | None, verbose: bool) -> None:
         evaluators = {name: registry.build_evaluators(config, suite) for name, suite in config.suites.items()}
         for evaluator in (e for suite in evaluators.values() for e in suite):
             evaluator.check()
-        name, stopped = fsio.unique(), threading.Event()
+        if server := registry.build_server(config):
+            server.check()
+        convert.check(config)
+        name, stopped = fsio.unique(), Stop()
         sinks = registry.build_sinks(config, name, stopped.is_set)
         named = {f"{i}-{entry['type']}": sink for i, (entry, sink) in enumerate(zip(config.sinks, sinks, strict=True))}
-        runner = Runner(config, evaluators, named, progress, name, stopped)
+        runner = Runner(config, evaluators, named, progress, name, stopped, server)
         with stopped_by_signals(runner):
             settled = runner.run(mode or "forever")
     waiting = runner.held_back() if mode else []

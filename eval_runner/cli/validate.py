@@ -15,6 +15,7 @@ import yaml
 from autoeval_hooks import yamlfile
 from autoeval_hooks.errors import ConfigError
 from eval_runner import registry, secrets
+from eval_runner.checkpoints import convert
 from eval_runner.cli.options import config_option
 from eval_runner.config import Config, load, schema
 from eval_runner.config.loader import effective
@@ -26,8 +27,8 @@ from eval_runner.config.loader import effective
 def validate(config_file: str, only_schema: bool) -> None:
     """Check the configuration and print it with all defaults.
 
-    Evaluators check their settings and what they need on this machine. Secrets are never printed: what comes from
-    the environment stands as it does in the file. Exit: 0 right, 2 wrong, with the errors on stderr.
+    Evaluators and a server check their settings and what they need on this machine. Secrets are never printed: what
+    comes from the environment stands as it does in the file. Exit: 0 right, 2 wrong, with the errors on stderr.
     """
     if only_schema:
         click.echo(json.dumps(schema(), indent=2))
@@ -56,6 +57,9 @@ def check(config: Config) -> list[str]:
     for suite in config.suites.values():
         for evaluator in attempt(partial(registry.build_evaluators, config, suite)) or ():
             attempt(evaluator.check)
+    if server := attempt(partial(registry.build_server, config)):
+        attempt(server.check)
+    attempt(partial(convert.check, config))
     attempt(partial(registry.build_sinks, config))
     return errors
 

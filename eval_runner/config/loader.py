@@ -12,7 +12,7 @@ from pydantic import ValidationError
 from autoeval_hooks import config as shared
 from autoeval_hooks import strict, yamlfile
 from eval_runner import secrets
-from eval_runner.config.models import Config, File, RunnerSection, Suite, SuiteEntry
+from eval_runner.config.models import Config, ConvertSection, File, RunnerSection, Suite, SuiteEntry
 
 _WORDS = {
     "string_type": "expected text, found {found}",
@@ -46,6 +46,8 @@ def load(path: str | os.PathLike[str]) -> Config:
     sinks = raw.get("sinks")
     for i, sink in enumerate(sinks if isinstance(sinks, list) else ()):
         errors += shared.check_typed(f"sinks[{i}]", sink, "wandb")
+    if "server" in raw:
+        errors += shared.check_typed("server", raw["server"], "megatron")
     shown: yamlfile.Shown = {}
     expanded = yamlfile.expand_into(raw, "", errors, shown)
     errors += shared.check_values(expanded)
@@ -66,6 +68,8 @@ def load(path: str | os.PathLike[str]) -> Config:
         path_map=path_map,
         suites={key: _suite(key, suite, raw["suites"][key]) for key, suite in file.suites.items()},
         runner=file.runner,
+        server=file.server.model_dump() if file.server else None,
+        convert=_convert(file.convert, base),
         environments=Path(shared.absolute(file.environments, base)) if file.environments else None,
         sinks=[sink.model_dump() for sink in file.sinks],
         raw_text=text,
@@ -106,6 +110,12 @@ def _suite(name: str, entry: SuiteEntry, raw: dict[str, Any]) -> Suite:
     )
 
 
+def _convert(section: ConvertSection | None, base: str) -> ConvertSection | None:
+    if section is None or section.directory is None:
+        return section
+    return section.model_copy(update={"directory": shared.absolute(section.directory, base)})
+
+
 def _mapped(path: str, base: str, path_map: dict[str, str]) -> str:
     """A path as this host sees it: from `base`, or, if it is absolute and so may be the training host's, mapped."""
     full = shared.absolute(path, base)
@@ -135,6 +145,7 @@ def _known(above: tuple[int | str, ...]) -> tuple[str, ...]:
         ("run",): tuple(f.name for f in dataclasses.fields(shared.RunSection)),
         ("hook",): tuple(f.name for f in dataclasses.fields(shared.HookSection)),
         ("runner",): tuple(RunnerSection.model_fields),
+        ("convert",): tuple(ConvertSection.model_fields),
     }
     return sections.get(above, ())
 

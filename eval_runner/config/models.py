@@ -35,8 +35,19 @@ class RunnerSection(_Model):
     """Whether a checkpoint's own code (`auto_map`), which loading it runs, is run."""
 
 
+class ConvertSection(_Model):
+    """`convert`: a program that makes a directory in Hugging Face layout of a checkpoint in another."""
+
+    command: Annotated[list[str], Field(min_length=1)]
+    """Program and arguments; no shell. `{checkpoint}`, `{output}`, `{tokenizer}`, `{step}` stand for what they name."""
+    directory: str | None = None
+    """Where converted checkpoints are kept for the tickets to come; None: below the user's cache directory."""
+    keep: Annotated[int, Range(1)] = 2
+    """So many converted checkpoints are kept, the last ones used."""
+
+
 class Entry(_Model):
-    """An evaluator or a sink: `type` names the plugin, which checks the other keys itself."""
+    """An evaluator, a server or a sink: `type` names the plugin, which checks the other keys itself."""
 
     model_config = ConfigDict(extra="allow")
     type: Annotated[str, Field(min_length=1)]
@@ -59,6 +70,8 @@ class File(_Model):
     path_map: dict[str, str] = {}
     suites: Annotated[dict[str, SuiteEntry], Field(min_length=1)]
     runner: RunnerSection = RunnerSection()
+    server: Entry | None = None
+    convert: ConvertSection | None = None
     environments: str | None = None
     sinks: list[Entry] = [Entry(type="wandb")]
 
@@ -86,6 +99,10 @@ class Config:
     path_map: dict[str, str]
     suites: dict[str, Suite]
     runner: RunnerSection
+    server: dict[str, Any] | None
+    """What checkpoints that evaluators cannot load themselves are served with; None where nothing is."""
+    convert: ConvertSection | None
+    """`directory` is absolute."""
     environments: Path | None
     sinks: list[dict[str, Any]]
     raw_text: str

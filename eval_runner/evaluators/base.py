@@ -11,6 +11,7 @@ from typing import Protocol
 from autoeval_hooks.errors import AutoEvalError
 from eval_runner import process
 from eval_runner.results.schema import Evaluation, Instance
+from eval_runner.servers.base import Endpoint
 
 
 @dataclass(frozen=True)
@@ -52,6 +53,11 @@ class Job:
 
     `path` is a verified directory in Hugging Face layout, `tokenizer` likewise; `name` is unique for
     these weights (it holds their digest), so that no cache of any evaluator can mistake them.
+    `endpoint` is None where the evaluator loads `path` itself. Else the checkpoint is served: calling it starts the
+    ticket's one server, if it does not run yet, and says where it answers; `max_length` is how many tokens fit, and
+    `path` is of no use to an evaluator.
+    `facts` says by what the checkpoint was converted or is served: it belongs to the result's versions, and to the
+    key of every part of it.
     `work_dir` is empty, private to this attempt, and removed after it.
     `trust_remote_code` says whether code that the checkpoint brings may run; without it none does.
     `stopping` is true once the evaluation must end (the lease was lost, the ticket cancelled, the runner stops).
@@ -64,6 +70,9 @@ class Job:
     name: str
     work_dir: Path
     log: Path
+    endpoint: Callable[[], Endpoint] | None = None
+    max_length: int | None = None
+    facts: dict[str, str] = field(default_factory=dict)
     trust_remote_code: bool = False
     stopping: Callable[[], bool] = lambda: False
     progress: Callable[[float, str], None] = lambda fraction, what: None

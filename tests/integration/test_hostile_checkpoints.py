@@ -15,6 +15,7 @@ from autoeval_hooks import submit
 from autoeval_hooks.errors import ConfigError
 from eval_runner import config as configs
 from eval_runner import environments, registry
+from eval_runner.evaluators.base import Job
 from eval_runner.evaluators.helm import deployment
 from eval_runner.evaluators.helm.deployment import INSIDE
 from eval_runner.evaluators.helm.place import environment
@@ -173,7 +174,8 @@ def test_leave_reaches_the_evaluator(tmp_path: Path, config_file: Path, run: Run
 
 @pytest.mark.parametrize("trusted", [False, True])
 def test_every_loader_of_helm_is_told(tmp_path: Path, trusted: bool) -> None:
-    deployment.write(tmp_path / "m", "autoeval/x", tmp_path, tmp_path, None, trust_remote_code=trusted)
+    job = Job(tmp_path, tmp_path, "x", tmp_path, tmp_path / "log", trust_remote_code=trusted)
+    deployment.write(tmp_path / "m", "autoeval/x", job, None)
     text = "".join(p.read_text() for p in (tmp_path / "m").iterdir())
     assert text.count(f'"trust_remote_code": {json.dumps(trusted)}') == 3
 

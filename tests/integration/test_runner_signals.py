@@ -76,7 +76,7 @@ def start(config: Path, tmp_path: Path) -> Iterator[Callable[..., tuple[subproce
         env = {**os.environ, "PYTHONPATH": str(ROOT), MARK: mark, "TMPDIR": str(scratch_dir)}
         runner = subprocess.Popen([sys.executable, "-c", SCRIPT, str(config), kind], env=env)
         started.append(runner)
-        wait_for(lambda: list(scratch_dir.glob("autoeval-work-*/ready")))
+        wait_for(lambda: list(scratch_dir.glob("autoeval-work-*/*/ready")))
         return runner, mark
 
     yield go

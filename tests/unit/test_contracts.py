@@ -1,21 +1,26 @@
-"""What every evaluator and every sink must do, whoever wrote it: one test over all that are installed."""
+"""What every evaluator, server, adapter and sink must do, whoever wrote it: one test over all that are installed."""
 
 from __future__ import annotations
 
 import os
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from autoeval_hooks.errors import AutoEvalError, ConfigError
+from autoeval_hooks.errors import AutoEvalError, CheckpointError, ConfigError
+from autoeval_hooks.ticket import Ticket
 from eval_runner import config as configs
 from eval_runner import registry
+from eval_runner.checkpoints.base import Request
 from eval_runner.evaluators import base as evaluators
 from eval_runner.evaluators.base import Job, Limits, Outcome, Parts
 from eval_runner.process import Stopped, TimedOut
 from eval_runner.results.schema import Evaluation
+from eval_runner.servers import base as servers
 from eval_runner.sinks import base as sinks
 
 ODD = {"no_such_setting": 1}
@@ -49,8 +54,40 @@ def test_a_sink_with_nothing_to_show_waits_for_nothing(tmp_path: Path, name: str
     assert sink.compare([], repair=True) == []
 
 
+def load_server(tmp_path: Path, server: dict[str, object]) -> configs.Config:
+    path = tmp_path / "autoeval.yaml"
+    path.write_text(f"queue: queue\nsuites: {{quick: {{evaluators: [{{type: helm}}]}}}}\nserver: {server}\n")
+    return configs.load(str(path))
+
+
+@pytest.mark.parametrize("name", registry.names("servers"))
+def test_a_server_refuses_what_it_does_not_know(tmp_path: Path, name: str) -> None:
+    config = load_server(tmp_path, {"type": name, **ODD})
+    with pytest.raises(ConfigError, match=r"autoeval.yaml: server\.no_such_setting: unknown key"):
+        registry.build_server(config)
+
+
+@pytest.mark.parametrize("name", registry.names("checkpoints"))
+def test_an_adapter_refuses_a_checkpoint_that_is_gone(
+    tmp_path: Path, name: str, new_ticket: Callable[..., Ticket], checkpoint: Callable[..., Path]
+) -> None:
+    """And leaves nothing behind but what lies in its working directory."""
+    ticket = new_ticket(10)
+    ticket = replace(ticket, manifest=replace(ticket.manifest, kind=name, path=f"{tmp_path}/gone/iter_0000010"))
+    config = load(tmp_path, {"type": "helm"}, {"type": "wandb"})
+    config = replace(config, runner=config.runner.model_copy(update={"allow_pickled_weights": True}))
+    (tmp_path / "work").mkdir()
+    prepare = registry.get("checkpoints", name, "here")
+    before = {p for p in tmp_path.rglob("*") if tmp_path / "work" not in p.parents}
+    with pytest.raises(CheckpointError, match=r"/gone/iter_0000010: .* is gone"):
+        prepare(Request(ticket, config, tmp_path / "work", tmp_path / "log")).__enter__()
+    assert {p for p in tmp_path.rglob("*") if tmp_path / "work" not in p.parents} == before
+
+
 def test_the_protocols_are_what_the_plugins_have() -> None:
-    for kind, methods in (("evaluators", evaluators.Evaluator), ("sinks", sinks.Sink)):
+    for kind, methods in (
+        ("evaluators", evaluators.Evaluator), ("servers", servers.Server), ("sinks", sinks.Sink)
+    ):  # fmt: skip
         for name in registry.names(kind):  # type: ignore[arg-type]
             plugin = registry.get(kind, name, "here")  # type: ignore[arg-type]
             wanted = {m for m in vars(methods) if not m.startswith("_") and callable(getattr(methods, m))}

@@ -35,7 +35,7 @@ from eval_runner.results import store
 from eval_runner.results.schema import Instance
 from eval_runner.sinks import wandb_writer
 from tests.results_samples import result, score
-from tests.unit.test_ticket import BASE
+from tests.unit.test_ticket import BASE, MEGATRON
 
 ID = "7" * 64
 CPU_S = 5.0
@@ -78,6 +78,8 @@ sinks: [{type: wandb}]
 """
 READERS = (
     Reader("pending/ticket", tickets.dump(BASE), lambda p: _queue(p)._read(str(p), BASE.id), TicketError,
+           tickets.dump),
+    Reader("claimed/megatron", tickets.dump(MEGATRON), lambda p: _queue(p)._read(str(p), MEGATRON.id), TicketError,
            tickets.dump),
     Reader(f"points/{ID}.json", relay_files.encode(Point(1, ID, 5, 0.5, {"bench/s/a/b": 0.5, "bench/lag_s": 2.0})),
            lambda p: relay_files.read_point(str(p.parents[1]), p.name), TicketError, relay_files.encode),

@@ -103,6 +103,21 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
         manifest.record(str(path), "model.safetensors")
 
 
+def test_a_file_that_vanishes_after_the_listing_is_no_smaller_checkpoint(
+    checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, listdir = checkpoint(), os.listdir
+
+    def and_then_it_goes(where: str) -> list[str]:
+        names = listdir(where)
+        (path / "tokenizer.json").unlink()
+        return names
+
+    monkeypatch.setattr(os, "listdir", and_then_it_goes)
+    with pytest.raises(CheckpointError, match=r"tokenizer.json: was deleted meanwhile"):
+        manifest.model_files(str(path))
+
+
 def test_pickled_weights_are_known_as_such(checkpoint: MakeCheckpoint) -> None:
     path = checkpoint()
     (path / "pytorch_model-00001-of-00002.bin").write_bytes(b"pickle")

@@ -14,6 +14,7 @@ import pytest
 from autoeval_hooks import manifest, pin
 from autoeval_hooks.errors import CheckpointError
 from autoeval_hooks.fsio import FileOps
+from tests import megatron_layouts as made
 
 MakeCheckpoint = Callable[..., Path]
 LARGE = b"w" * (manifest.WHOLE + 1)
@@ -38,6 +39,32 @@ def test_a_pin_outlives_its_checkpoint(checkpoint: MakeCheckpoint) -> None:
         file.unlink()
     source.rmdir()
     assert [manifest.record(made, n) for n in manifest.model_files(made)] == before
+
+
+def test_a_rank_that_vanishes_while_it_is_pinned_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Megatron's `--save-retain-interval` deletes a whole iteration, one file after another."""
+    source = made.torch(tmp_path / "out" / "iter_0000010", ranks=["mp_rank_00", "mp_rank_01"])
+    real = manifest.model_files
+
+    def listed(path: str) -> list[str]:
+        names = real(path)
+        shutil.rmtree(source / "mp_rank_01")
+        return names
+
+    monkeypatch.setattr(manifest, "model_files", listed)
+    with pytest.raises(CheckpointError, match="deleted before it could be pinned"):
+        pin.make(str(source), pin.pins_dir(str(source)), "auto")
+    assert os.listdir(pin.pins_dir(str(source))) == []
+
+
+def test_a_nested_file_is_linked_and_not_copied(tmp_path: Path) -> None:
+    source = made.torch(tmp_path / "out" / "iter_0000010", LARGE)
+    made_pin = Path(pin.make(str(source), pin.pins_dir(str(source)), "hardlink"))
+    (pinned,) = made_pin.iterdir()
+    assert pinned.name == "mp_rank_00%2Fmodel_optim_rng.pt"
+    assert pinned.samefile(source / "mp_rank_00" / "model_optim_rng.pt")
 
 
 NO_LINKS = [errno.EPERM, errno.EOPNOTSUPP, errno.EXDEV, errno.EMLINK, errno.ENOSYS, errno.EACCES]

@@ -16,9 +16,11 @@ from autoeval_hooks import ticket as tickets
 from autoeval_hooks.config import load
 from autoeval_hooks.fsio import FileOps, hostname
 from autoeval_hooks.handover import Handover, Save, remember, submit, training_id
+from autoeval_hooks.manifest import MegatronRecord
 from autoeval_hooks.queue import Queue
 from autoeval_hooks.retention import tidy_pins
 from autoeval_hooks.run_identity import RunIdentity
+from tests import megatron_layouts as made
 
 MakeCheckpoint = Callable[..., Path]
 
@@ -66,6 +68,70 @@ def test_mistakes_are_one_clear_line(
     error = capsys.readouterr().err
     assert says in error
     assert error.count("\n") == 1
+
+
+@pytest.mark.parametrize("make", [made.torch_dist, made.torch])
+def test_a_checkpoint_of_megatrons_is_given_by_hand_and_its_name_tells_the_step(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], make: Callable[[Path], Path]
+) -> None:
+    path = make(tmp_path / "save" / "iter_0000100")
+    argv = ["submit", f"{path}/", "--config", str(config)]
+    assert command.main(argv) == 0
+    assert command.main([*argv, "--step", "100"]) == 0
+    assert capsys.readouterr().out == "quick: queued\nquick: known already; nothing to do\n"
+    queue = Queue(str(tmp_path / "queue"))
+    (token,) = queue.tokens("pending")
+    found = queue.read(token).manifest
+    assert (found.kind, found.step, found.samples, found.tokens) == ("megatron", 100, None, None)
+    assert found.megatron == MegatronRecord(format=make.__name__)
+    assert sorted(os.listdir(queue.read(token).pin)) == sorted(f.path.replace("/", "%2F") for f in found.files)
+
+
+def test_the_step_of_a_hugging_face_checkpoint_is_told_by_its_name_unless_it_is_given(
+    checkpoint: MakeCheckpoint, config: Path, tmp_path: Path
+) -> None:
+    assert command.main(["submit", str(checkpoint()), "--config", str(config)]) == 0
+    assert command.main(["submit", str(checkpoint(300)), "--config", str(config), "--step", "200"]) == 0
+    queue = Queue(str(tmp_path / "queue"))
+    assert {queue.read(t).manifest.step for t in queue.tokens("pending")} == {100, 200}
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "says"),
+    [
+        ("iter_0000100", ["--step", "200"], "--step: 200 is not the iteration of "),
+        ("mine", ["--step", "100"], "'mine' does not name one as iter_0000010 does"),
+        ("iter_00000100", [], "'iter_00000100' does not name one as"),
+        ("release", ["--step", "100"], "'release' does not name one as"),
+        ("iter_0000000", [], "'iter_0000000' does not name one as"),
+    ],
+)
+def test_megatron_finds_a_checkpoint_by_its_name_alone(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, arguments: list[str], says: str
+) -> None:
+    path = made.torch_dist(tmp_path / "save" / name)
+    assert command.main(["submit", str(path), "--config", str(config), *arguments]) == 2
+    error = capsys.readouterr().err
+    assert says in error
+    assert error.count("\n") == 1
+
+
+def test_a_name_that_tells_no_step_needs_one(
+    checkpoint: MakeCheckpoint, config: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command.main(["submit", str(checkpoint(name="best")), "--config", str(config)]) == 2
+    assert "--step: missing, and 'best' does not tell it as checkpoint-10 does" in capsys.readouterr().err
+
+
+def test_an_incomplete_checkpoint_of_megatrons_leaves_nothing(
+    config: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = made.torch_dist(tmp_path / "save" / "iter_0000100")
+    (path / "metadata.json").unlink()
+    assert command.main(["submit", str(path), "--config", str(config)]) == 2
+    assert "iter_0000100: has no metadata.json, so its save" in capsys.readouterr().err
+    assert list(Queue(str(tmp_path / "queue")).tokens()) == []
+    assert os.listdir(pin.pins_dir(str(path))) == []
 
 
 def test_the_cap_on_pins_is_said(

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from autoeval_hooks import manifest as manifests
 from autoeval_hooks import ticket as tickets
 from autoeval_hooks.errors import TicketError
-from autoeval_hooks.manifest import FileRecord, Manifest
+from autoeval_hooks.manifest import FileRecord, Manifest, MegatronRecord
 from autoeval_hooks.run_identity import RunIdentity
 from autoeval_hooks.ticket import Ticket
 
@@ -125,11 +125,11 @@ def _paths(data: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return [p for key, value in items for p in [(*path, key), *_paths(value, (*path, key))]]
 
 
-@settings(max_examples=200)
+@settings(max_examples=200, deadline=None)
 @given(data=st.data())
 def test_one_changed_value_is_refused_or_harmless(data: st.DataObject) -> None:
     """Whatever one value is changed to, the result is refused, or is a ticket of the same identity."""
-    original = BASE
+    original = data.draw(st.sampled_from((BASE, MEGATRON)))
     text = json.loads(tickets.dump(original))
     path = data.draw(st.sampled_from(_paths(text)))
     at = changed = copy.deepcopy(text)
@@ -158,6 +158,74 @@ def _base() -> Ticket:
 BASE = _base()
 
 
-def test_the_base_is_a_ticket() -> None:
-    """Else the test above could not fail."""
-    assert tickets.load(tickets.dump(BASE), "here") == BASE
+def _megatron() -> Ticket:
+    files = (FileRecord("mp_rank_00/model_optim_rng.pt", 1, 1, "a" * 64),)
+    record = MegatronRecord(
+        format="torch", version="0.19.2", world_size=1, tensor_parallel=1, pipeline_parallel=1, seq_length=64,
+        tokenizer_type="HuggingFaceTokenizer", tokenizer={"tokenizer_model": "/t"},
+        tokenizer_files=(FileRecord("/t/tokenizer.json", 2, 2, "b" * 64),),
+    )  # fmt: skip
+    draft = replace(
+        BASE.manifest, path="/out/iter_0000007", kind="megatron", files=files, megatron=record,
+        weights_digest=manifests.weights_digest_of(files),
+    )  # fmt: skip
+    return tickets.new(replace(draft, digest=manifests.digest_of(draft)), "quick", "5" * 64, 5)
+
+
+MEGATRON = _megatron()
+
+
+@pytest.mark.parametrize("ticket", [BASE, MEGATRON], ids=["huggingface", "megatron"])
+def test_the_base_is_a_ticket(ticket: Ticket) -> None:
+    """Else the tests here could not fail."""
+    assert tickets.load(tickets.dump(ticket), "here") == ticket
+
+
+def _renamed(name: str) -> bytes:
+    """A ticket of Megatron's that is right but for the name of its file."""
+    files = (replace(MEGATRON.manifest.files[0], path=name),)
+    draft = replace(MEGATRON.manifest, files=files, weights_digest=manifests.weights_digest_of(files))
+    new = tickets.new(replace(draft, digest=manifests.digest_of(draft)), "quick", "5" * 64, 5)
+    return tickets.dump(new)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "mp_rank_00%2Fmodel_optim_rng.pt", "mp_rank_00/x/model_optim_rng.pt", "mp_rank_00/distrib_optim.pt",
+        "x/__0_0.distcp", "modelopt_state/x/__0_0.distcp", "model.safetensors", "a b.distcp", "\u00e9.distcp",
+    ],
+)  # fmt: skip
+def test_a_file_that_megatron_does_not_write_is_refused(name: str) -> None:
+    assert tickets.load(_renamed("__0_0.distcp"), "here")
+    with pytest.raises(TicketError, match="is none of a checkpoint of Megatron's"):
+        tickets.load(_renamed(name), "here")
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "says"),
+    [
+        ("manifest.kind", "huggingface", "kind 'huggingface' is unknown, or not what the manifest describes"),
+        ("manifest.kind", "nemo", "kind 'nemo' is unknown"),
+        ("manifest.megatron", None, "kind 'megatron' is unknown, or not what"),
+        ("manifest.megatron.format", "zarr", "format 'zarr' is unknown"),
+        ("manifest.megatron.format", "", "format '' is unknown"),
+        ("manifest.megatron.env", {}, "manifest.megatron.env: unknown key"),
+        ("manifest.megatron.world_size", -1, "a number out of range"),
+        ("manifest.megatron.seq_length", 1 << 60, "a number out of range"),
+        ("manifest.megatron.seq_length", True, "expected a whole number"),
+        ("manifest.megatron.version", "x" * 5000, "a text that no argument can have"),
+        ("manifest.megatron.tokenizer", {"--load": "/x"}, "a key that is no argument's name"),
+        ("manifest.megatron.tokenizer", {"": "/x"}, "a key that is no argument's name"),
+        ("manifest.megatron.tokenizer", {"tokenizer_model": 1}, "expected text"),
+        ("manifest.megatron.tokenizer", {f"k{i}": "" for i in range(40)}, "a text that no argument can have"),
+        ("manifest.megatron.tokenizer_files.0.path", "t/tokenizer.json", "is not absolute and plain"),
+        ("manifest.megatron.tokenizer_files.0.path", "/t/../etc/passwd", "is not absolute and plain"),
+        ("manifest.megatron.tokenizer_files.0.digest", "x", "has no size or digest"),
+        ("manifest.megatron.tokenizer_files.0.size", -1, "has no size or digest"),
+        ("manifest.files.0.path", "mp_rank_00/../x", "would escape"),
+    ],
+)
+def test_what_is_odd_in_a_megatron_ticket_is_refused(path: str, value: Any, says: str) -> None:
+    with pytest.raises(TicketError, match=says):
+        tickets.load(change(MEGATRON, path, value), "here")

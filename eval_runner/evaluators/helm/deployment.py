@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from autoeval_hooks.errors import ConfigError
+from eval_runner.evaluators.base import Job
 
 INSIDE = Path(__file__).parent / "inside"
 """Goes on the PYTHONPATH of HELM's processes: our modules there import helm, and nothing of autoeval."""
@@ -20,15 +22,21 @@ def model_name(job_name: str) -> str:
     return f"autoeval/{job_name}"
 
 
-def write(
-    directory: Path, name: str, model: Path, tokenizer: Path, torch_dtype: str | None, *, trust_remote_code: bool
-) -> None:
+def write(directory: Path, name: str, job: Job, torch_dtype: str | None) -> None:
     """Write model_deployments.yaml, tokenizer_configs.yaml and model_metadata.yaml for `helm-run --local-path`.
 
     JSON is YAML, and needs no quoting rules. Every loader is told whether it may run code of the checkpoint's: left
-    to itself, transformers asks the terminal.
+    to itself, transformers asks the terminal. A served checkpoint's server is started here, if it does not run yet;
+    raises what that raises.
     """
-    code = {"trust_remote_code": trust_remote_code}
+    code = {"trust_remote_code": job.trust_remote_code}
+    tokenizer = str(job.tokenizer)
+    if job.endpoint is None:
+        module, what = "autoeval_helm.Checkpoint", {"path": str(job.path), "torch_dtype": torch_dtype} | code
+        limit: dict[str, Any] = {"model": str(job.path)}
+    else:
+        module, what = "autoeval_served.Served", asdict(job.endpoint())
+        limit = {"max_length": job.max_length}
     files: dict[str, Any] = {
         "model_deployments.yaml": {
             "model_deployments": [
@@ -36,13 +44,10 @@ def write(
                     "name": name,
                     "model_name": name,
                     "tokenizer_name": name,
-                    "client_spec": {
-                        "class_name": "autoeval_helm.CheckpointClient",
-                        "args": {"path": str(model), "torch_dtype": torch_dtype} | code,
-                    },
+                    "client_spec": {"class_name": f"{module}Client", "args": what},
                     "window_service_spec": {
-                        "class_name": "autoeval_helm.CheckpointWindow",
-                        "args": {"tokenizer": str(tokenizer), "model": str(model)} | code,
+                        "class_name": f"{module}Window",
+                        "args": {"tokenizer": tokenizer} | limit | code,
                     },
                 }
             ]
@@ -53,7 +58,7 @@ def write(
                     "name": name,
                     "tokenizer_spec": {
                         "class_name": "helm.tokenizers.huggingface_tokenizer.HuggingFaceTokenizer",
-                        "args": {"pretrained_model_name_or_path": str(tokenizer)} | code,
+                        "args": {"pretrained_model_name_or_path": tokenizer} | code,
                     },
                 }
             ]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from autoeval_hooks import manifest
-from autoeval_hooks.errors import AutoEvalError, ConfigError
+from autoeval_hooks.errors import AutoEvalError, CheckpointError, ConfigError
 from eval_runner import environments
 from eval_runner.evaluators.base import Context, Job, Outcome
 from eval_runner.evaluators.helm import deployment, plan, reason, scores
@@ -22,7 +22,8 @@ OUTPUT = "output"
 LAST = "per_instance_stats.json"
 """What HELM writes last into a run's directory."""
 THREADS = 2
-"""Requests at once. HELM's local model answers one after the other; more threads only tokenize ahead."""
+"""Requests at once. HELM's local model answers one after the other; more threads only tokenize ahead. A server is
+asked for one at a time: it would put those that come together into one batch, whose numbers depend on its size."""
 
 
 class HelmEvaluator:
@@ -39,27 +40,40 @@ class HelmEvaluator:
 
     def evaluate(self, job: Job) -> Outcome:
         """Run every entry that no earlier attempt finished; the scores are complete or there are none. See the
-        protocol for what it raises."""
+        protocol for what it raises. A server is started only where an entry is left to run."""
+        self._check_served(job)
         python = self._python()
         job.progress(0.0, "asking HELM for the runs")
         planned = self._plan(python)
         env, versions = environment(python, job.work_dir)
-        run = _Run(job, planned, deployment.model_name(job.name), planned.versions | versions, self._settings)
+        versions = planned.versions | versions | job.facts
+        if job.endpoint:
+            versions.pop("device", None)  # HELM's, on which nothing is computed
+        run = _Run(job, planned, deployment.model_name(job.name), versions, self._settings)
         if missing := run.missing():
             self._prepare(job, run, missing)
-            status = job.run(self._command(python, run.model, planned), env=env, on_tick=run.look)
+            status = job.run(self._command(python, run.model, planned, job), env=env, on_tick=run.look)
             run.finish(status, self._context.where)
         job.progress(1.0, "HELM: all scores read")
         return run.outcome()
 
     def _prepare(self, job: Job, run: _Run, missing: list[int]) -> None:
         """Write what HELM is to read."""
-        deployment.write(
-            job.work_dir / "models", run.model, job.path, job.tokenizer, self._settings.torch_dtype,
-            trust_remote_code=job.trust_remote_code,
-        )  # fmt: skip
+        deployment.write(job.work_dir / "models", run.model, job, self._settings.torch_dtype)
         _write_entries(job.work_dir / "runs.conf", {i: run.planned.entries[i].entry for i in missing})
         share_data(job.work_dir / OUTPUT, self._data_dir())
+
+    def _check_served(self, job: Job) -> None:
+        if job.endpoint is None:
+            return
+        if self._settings.torch_dtype:
+            raise ConfigError(prefixed(self._context, f"{self._context.where}.torch_dtype: is for a checkpoint that "
+                              "HELM loads, and this one is served; set it by the server's arguments"))  # fmt: skip
+        if job.max_length is None:
+            raise CheckpointError(
+                f"{job.path}: nothing says how many tokens its model takes, so that no text can be cut to fit; hand it "
+                "over from training, whose arguments tell its sequence length, or configure `convert`"
+            )
 
     def _python(self) -> Path:
         env = self._settings.env
@@ -83,13 +97,13 @@ class HelmEvaluator:
             return located(self._context.base_dir, self._settings.data_dir)
         return self._context.environments / "helm-data"
 
-    def _command(self, python: Path, name: str, planned: plan.Plan) -> list[str]:
+    def _command(self, python: Path, name: str, planned: plan.Plan, job: Job) -> list[str]:
         s = self._settings
         return [
             str(python), "-m", "helm.benchmark.run",
             "--conf-paths", "runs.conf", "--local-path", "models", "--models-to-run", name, "--suite", SUITE,
             "--max-eval-instances", str(s.max_instances), "--num-train-trials", str(s.num_train_trials),
-            "--num-threads", str(THREADS), "--disable-cache", "--output-path", OUTPUT,
+            "--num-threads", str(1 if job.endpoint else THREADS), "--disable-cache", "--output-path", OUTPUT,
             "--plugins", *planned.plugins,
         ]  # fmt: skip
 
@@ -109,7 +123,8 @@ class _Run:
         data = {path: digest(path) for path in planned.files}
         self._provenance = [sources | {str(f): data[f] for f in one.entry.files} for one in planned.entries]
         tokenizer = _content(job.tokenizer) if job.tokenizer != job.path else []    # the ticket tells the checkpoint's
-        asked = [settings.max_instances, settings.num_train_trials, settings.torch_dtype, job.trust_remote_code]
+        asked = [settings.max_instances, settings.num_train_trials, settings.torch_dtype, job.trust_remote_code,
+                 job.max_length]  # fmt: skip
         self._keys = [
             json.dumps([
                 one.entry.description, one.entry.benchmark, one.split, one.lower_is_better,   # by metric

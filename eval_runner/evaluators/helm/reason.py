@@ -9,11 +9,18 @@ from autoeval_hooks.errors import AutoEvalError, CheckpointError, ConfigError
 from eval_runner import process
 
 CANNOT_LOAD = "autoeval cannot load the checkpoint"
-"""As in inside/autoeval_helm.py, which this process cannot import."""
+CANNOT_ASK = "autoeval cannot ask the server"
+UNUSABLE = "autoeval cannot use what the server says"
+BROKEN = "the served model's log-probabilities are no numbers"
+OURS = (CANNOT_LOAD, CANNOT_ASK, UNUSABLE, BROKEN)
+"""As in inside/autoeval_helm.py and inside/autoeval_served.py, which this process cannot import."""
 
 _DATA = "; put the data under data_dir, or set HF_HUB_OFFLINE=0 where the network may be used"
 _KINDS: tuple[tuple[str, type[AutoEvalError], str], ...] = (
     (CANNOT_LOAD, CheckpointError, ""),
+    (CANNOT_ASK, AutoEvalError, ""),        # quotes the server, so it comes before what HELM's data may lack
+    (UNUSABLE, ConfigError, ""),
+    (BROKEN, CheckpointError, "; the model's outputs are broken"),
     (r"Log probs have NaN|contains either `inf`, `nan`", CheckpointError, "; the model's outputs are broken"),
     (r"FileNotFoundError|OfflineModeIsEnabled|LocalEntryNotFound|offline mode|Name or service not known"
      r"|name resolution|Couldn't reach|ConnectionError", ConfigError, _DATA),
@@ -32,10 +39,10 @@ def failure(status: int, log: Path, where: str) -> AutoEvalError:
     text = _text(log)
     said = [m.group(1) for line in text.splitlines() if (m := _LAST.match(line.strip()))]
     said = [line for line in said if not line.startswith(_EMPTY)]
-    loading = next((line for line in said if CANNOT_LOAD in line), "")
-    reason = _short(loading or (said[-1] if said else "")) or f"exit status {status}, and no exception in the log"
+    known = next((line for line in said if any(marker in line for marker in OURS)), "")
+    reason = _short(known or (said[-1] if said else "")) or f"exit status {status}, and no exception in the log"
     for pattern, kind, remedy in _KINDS:
-        if re.search(pattern, loading or reason):
+        if re.search(pattern, known or reason):
             return kind(f"{where}: {reason}{remedy}; log: {log}")
     return AutoEvalError(f"{where}: {reason}; log: {log}")
 
