@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -9,17 +11,19 @@ import pytest
 from click.testing import CliRunner
 
 from autoeval_hooks import __main__ as hooks
+from autoeval_hooks import yamlfile
 from autoeval_hooks.config import load as hook_load
 from eval_runner import config as configs
 from eval_runner import registry
 from eval_runner.cli import cli
+from eval_runner.servers.megatron import MegatronServer, Settings
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_configuration_is_right_on_both_sides(tmp_path: Path) -> None:
-    (text,) = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    text, _ = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
     path = tmp_path / "autoeval.yaml"
     path.write_text(text)
     (tmp_path / "held_out.jsonl").write_text('{"text": "some", "id": "1"}\n')
@@ -27,6 +31,20 @@ def test_the_configuration_is_right_on_both_sides(tmp_path: Path) -> None:
     assert [registry.build_evaluators(config, suite) for suite in config.suites.values()]
     assert registry.build_sinks(config)
     assert hook_load(path).suites["quick"].digest == config.suites["quick"].digest
+
+
+def test_so_is_what_it_says_of_megatron(tmp_path: Path) -> None:
+    whole, more = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    whole, more = yamlfile.parse_yaml(whole, "README"), yamlfile.parse_yaml(more, "README")
+    path = tmp_path / "autoeval.yaml"
+    path.write_text(json.dumps(whole | more | {"runner": whole["runner"] | more["runner"]}))
+    config = configs.load(str(path))
+    assert config.convert is not None
+    assert "{checkpoint}" in config.convert.command
+    assert isinstance(registry.build_server(config), MegatronServer)
+    (keys,) = re.findall(r"# (python, mode.*?, start_timeout)", README)
+    named = re.findall(r"(\w+)(?: \([^)]*\))?(?:, |$)", keys)
+    assert set(named) | set(more["server"]) - {"type"} == {f.name for f in dataclasses.fields(Settings)}
 
 
 def test_every_option_in_the_commands_table_exists() -> None:
@@ -41,7 +59,7 @@ def test_every_option_in_the_commands_table_exists() -> None:
 
 
 def test_the_submit_command_exists(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "python -m autoeval_hooks submit PATH --step N --config FILE" in README
+    assert "python -m autoeval_hooks submit PATH [--step N] --config FILE" in README
     with pytest.raises(SystemExit) as ended:
         hooks.main(["submit", "--help"])
     assert ended.value.code == 0
@@ -55,5 +73,5 @@ def test_make_has_the_targets() -> None:
 
 
 def test_files_that_are_shown_are_there() -> None:
-    for path in re.findall(r"\]\((?!https?:)([^)]+)\)", README):
+    for path in re.findall(r"\]\((?!https?:|#)([^)]+)\)", README):
         assert (ROOT / path).is_file(), path
