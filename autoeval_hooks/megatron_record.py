@@ -56,17 +56,22 @@ def samples_at(args: Any, iteration: int) -> int | None:
 
 
 def with_tokenizer_files(known: MegatronRecord, directory: str) -> MegatronRecord:
-    """The record with the tokenizer's files digested, where its arguments name some; their paths start at `directory`.
-    One that cannot be read is a warning: training itself has read it. Reads files."""
+    """The record with the tokenizer's files digested, where its arguments name some; their paths start at `directory`,
+    and are absolute in the end. One that cannot be read is a warning: training itself has read it. Reads files."""
     found: dict[str, FileRecord] = {}
+    here: dict[str, str] = {}
     for name in _TOKENIZER_FILES:
-        path = os.path.join(directory, os.path.expanduser(known.tokenizer.get(name, "")))
+        if not (written := known.tokenizer.get(name, "")):
+            continue
+        path = os.path.abspath(os.path.join(directory, os.path.expanduser(written)))
+        if os.path.exists(path):        # else it is the name of something elsewhere, such as a hub
+            here[name] = path
         for file in _files(path):
             try:
                 found[file] = replace(manifest.record(os.path.dirname(file), os.path.basename(file)), path=file)
             except (OSError, CheckpointError) as error:
                 log.warning("autoeval: --%s: %s; the manifest is without it", name.replace("_", "-"), error)
-    return replace(known, tokenizer_files=tuple(found[path] for path in sorted(found)))
+    return replace(known, tokenizer=known.tokenizer | here, tokenizer_files=tuple(found[path] for path in sorted(found)))
 
 
 def _files(path: str) -> Iterator[str]:

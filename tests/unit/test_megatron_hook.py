@@ -636,7 +636,9 @@ def test_the_record_has_what_the_arguments_say(tmp_path: Path, caplog: pytest.Lo
         "tokenizer_hf_no_use_fast": "true", "vocab_size": "64",
     }  # fmt: skip
     assert found.tokenizer_files == ()
-    files = with_tokenizer_files(found, str(tmp_path)).tokenizer_files
+    given = with_tokenizer_files(found, str(tmp_path))
+    assert given.tokenizer == found.tokenizer | {"vocab_file": str(vocabulary)}
+    files = given.tokenizer_files
     assert [f.path for f in files] == [str(vocabulary), *(str(words / n) for n in sorted(os.listdir(words))[1:])]
     assert files[0].digest == manifest.record(str(tmp_path), "vocab.json").digest
     assert messages(caplog) == []
