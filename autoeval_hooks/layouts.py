@@ -19,6 +19,8 @@ from autoeval_hooks.errors import CheckpointError, IncompleteError
 FORMATS = ("torch", "torch_dist", "torch_dcp", "fsdp_dtensor")
 ITERATION = re.compile(r"iter_(\d{7,18})")
 """The names of Megatron's checkpoint directories; the group is the iteration."""
+BRIDGE = "run_config.yaml"
+"""Megatron-Bridge writes it; it cannot load its own checkpoints without."""
 WEIGHTS = ("*.distcp", "mp_rank_*/model_optim_rng.pt")
 """They hold the optimizer's state too: nothing tells its bytes from those of the weights."""
 
@@ -32,7 +34,7 @@ _ZIP_END, _ZIP_SEARCHED = b"PK\x05\x06", 1 << 16
 """What `torch.save` writes is a zip archive, whose list of contents comes last (APPNOTE.TXT of PKWARE, 4.3.16)."""
 _FILE = re.compile(
     rf"{_RANK.pattern}/{re.escape(_TORCH)}|({_MODELOPT}/)?([\w.+-]{{1,200}}\.distcp|\.metadata|metadata\.json|common\.pt)"
-    r"|run_config\.yaml",       # Megatron-Bridge's; it cannot load its own checkpoints without
+    rf"|{re.escape(BRIDGE)}",
     re.ASCII,
 )
 _OTHERS = re.compile(r".*\.safetensors|(pytorch_model|adapter_model).*\.bin")

@@ -71,7 +71,8 @@ def with_tokenizer_files(known: MegatronRecord, directory: str) -> MegatronRecor
                 found[file] = replace(manifest.record(os.path.dirname(file), os.path.basename(file)), path=file)
             except (OSError, CheckpointError) as error:
                 log.warning("autoeval: --%s: %s; the manifest is without it", name.replace("_", "-"), error)
-    return replace(known, tokenizer=known.tokenizer | here, tokenizer_files=tuple(found[path] for path in sorted(found)))
+    files = tuple(found[path] for path in sorted(found))
+    return replace(known, tokenizer=known.tokenizer | here, tokenizer_files=files)
 
 
 def _files(path: str) -> Iterator[str]:

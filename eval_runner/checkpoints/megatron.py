@@ -13,7 +13,7 @@ from pathlib import Path
 from autoeval_hooks import layouts
 from autoeval_hooks import manifest as manifests
 from autoeval_hooks.config import map_path
-from autoeval_hooks.errors import CheckpointError
+from autoeval_hooks.errors import CheckpointError, ConfigError
 from autoeval_hooks.manifest import FileRecord, Manifest, MegatronRecord
 from eval_runner.checkpoints import convert, trust
 from eval_runner.checkpoints.base import Request, Servable, Verified, find, look
@@ -38,6 +38,11 @@ def prepare(request: Request) -> Iterator[Servable]:
         raise CheckpointError(
             f"{m.path}: Megatron's checkpoints hold pickles, which can run code when loaded; set "
             "`runner.allow_pickled_weights: true` if you trust all who may write there"
+        )
+    if config.convert is None and any(file.path == layouts.BRIDGE for file in m.files):
+        raise ConfigError(
+            f"{config.path}: {m.path} is a checkpoint of Megatron-Bridge's ({layouts.BRIDGE}), without the arguments "
+            "that Megatron-LM's servers ask a checkpoint for; add `convert: {command: [PROGRAM, ARGUMENT…]}`"
         )
     found = find(request.ticket, config.path_map)
     load = _laid_out(found, m.step, request.work_dir / "load")

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from autoeval_hooks import manifest, pin, ticket
-from autoeval_hooks.errors import CheckpointError
+from autoeval_hooks.errors import CheckpointError, ConfigError
 from autoeval_hooks.manifest import FileRecord, MegatronRecord
 from autoeval_hooks.run_identity import RunIdentity
 from eval_runner import config as configs
@@ -103,6 +103,17 @@ def test_a_checkpoint_that_changes_is_found(prepare: Prepare, huggingface: Megat
         (tmp_path / "out" / "iter_0000010" / "mp_rank_00" / "model_optim_rng.pt").write_bytes(b"other")
         with pytest.raises(CheckpointError, match=r"mp_rank_00/model_optim_rng\.pt: changed while it was evaluated"):
             servable.unchanged()
+
+
+def test_a_checkpoint_of_bridge_is_to_be_converted(prepare: Prepare, huggingface: MegatronRecord) -> None:
+    def bridge(path: Path) -> Path:
+        made.torch_dist(path)
+        (path / "run_config.yaml").write_text("model: {}\n")
+        return path
+
+    with pytest.raises(ConfigError, match=r"iter_0000010 is a checkpoint of Megatron-Bridge's.*add `convert: "), \
+            prepare(huggingface, bridge):
+        pass
 
 
 def test_pickles_need_leave(prepare: Prepare, huggingface: MegatronRecord) -> None:
