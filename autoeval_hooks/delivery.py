@@ -25,6 +25,7 @@ class _Item:
     work: Callable[[], None]
     what: str
     abandon: Callable[[], None]
+    number: int
     tries: int = 0
     not_before: float = 0.0
 
@@ -40,6 +41,8 @@ class Delivery:
         self._changed = threading.Condition()
         self._items: deque[_Item] = deque()
         self._busy = False
+        self._count = 0
+        self._doing = 0
         self._progress = 0
         self._nearer = 0
         self._stalled_at = -1
@@ -48,7 +51,8 @@ class Delivery:
     def put(self, work: Callable[[], None], what: str, abandon: Callable[[], None] = lambda: None) -> None:
         """Have `work` done. Takes microseconds. `what` names it in warnings."""
         with self._changed:
-            self._items.append(_Item(work, what, abandon))
+            self._count += 1
+            self._items.append(_Item(work, what, abandon, self._count))
             if self._thread is None or not self._thread.is_alive():     # a fork leaves no thread in the child
                 thread = threading.Thread(target=self._loop, name="autoeval-delivery", daemon=True)
                 thread.start()
@@ -56,15 +60,15 @@ class Delivery:
             self._changed.notify_all()
 
     def flush(self, deadline: float) -> bool:
-        """Wait at most `deadline` seconds until everything was tried; False when time was up.
+        """Wait at most `deadline` seconds until everything that was put by now was tried; False when time was up.
 
         A file system that hangs is waited for once: until something moves again, later calls return at once.
         """
         with self._changed:
-            if self._stalled_at == self._progress and self._untried():
+            last = self._count
+            if self._stalled_at == self._progress and self._untried(last):
                 return False
-            end = time.monotonic() + deadline
-            if not self._changed.wait_for(lambda: not self._untried(), end - time.monotonic()):
+            if not self._changed.wait_for(lambda: not self._untried(last), deadline):
                 self._stalled_at = self._progress
                 log.warning(
                     "autoeval: delivery is behind by %d checkpoint(s) after %.1f s (slow or hanging file system?); "
@@ -85,8 +89,11 @@ class Delivery:
     def _nearer_than(self, before: int) -> Callable[[], bool]:
         return lambda: self._nearer != before
 
-    def _untried(self) -> bool:
-        return self._busy or any(not item.tries for item in self._items)
+    def _untried(self, last: int) -> bool:
+        """Whether something up to the number `last` was not tried yet."""
+        if self._busy and self._doing <= last:
+            return True
+        return any(not item.tries and item.number <= last for item in self._items)
 
     def _loop(self) -> None:
         while True:
@@ -105,7 +112,7 @@ class Delivery:
                 for item in self._items:
                     if item.not_before <= now:
                         self._items.remove(item)
-                        self._busy = True
+                        self._busy, self._doing = True, item.number
                         return item
                 soonest = min((item.not_before for item in self._items), default=None)
                 self._changed.wait(None if soonest is None else soonest - now)

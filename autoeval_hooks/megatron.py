@@ -178,17 +178,19 @@ def _begin() -> None:
         log.warning("autoeval: nothing is handed over, training goes on: %s", error)
         return
     save_dir, here = os.path.abspath(args.save), os.getcwd()
+    resumed_at, consumed = args.iteration, args.consumed_train_samples      # these move on
     if _delivery is None:
         _delivery = Delivery()
         atexit.register(_deliver_the_rest, os.getpid())
     _training = Training(
         config, _delivery,
         Facts(
-            save_dir=save_dir, resumed_at=args.iteration,
+            save_dir=save_dir, resumed_at=resumed_at,
             resumed_here=bool(args.load) and os.path.abspath(args.load) == save_dir,
             planned_last_step=args.train_iters, record=record(args),
             with_files=lambda known: with_tokenizer_files(known, here),
-            samples_at=lambda iteration: samples_at(args, iteration),
+            samples_at=lambda iteration: samples_at(args, iteration, resumed_at=resumed_at, consumed=consumed),
+            row_every=args.tensorboard_log_interval if getattr(args, "tensorboard_dir", None) else None,
         ),
     )  # fmt: skip
     _training.begins()

@@ -136,13 +136,16 @@ def _place() -> tuple[int, int]:
 def _facts(state: Any, world_size: int) -> Facts:
     cfg, here = state.cfg, os.getcwd()
     save_dir, load = os.path.abspath(cfg.checkpoint.save), cfg.checkpoint.load
+    now, logger = state.train_state, getattr(cfg, "logger", None)
+    resumed_at, consumed = now.step, now.consumed_train_samples     # these move on
     args = _Arguments(world_size, cfg.tokenizer, cfg.model, cfg.checkpoint, cfg.train)
     return Facts(
-        save_dir=save_dir, resumed_at=state.train_state.step,
+        save_dir=save_dir, resumed_at=resumed_at,
         resumed_here=bool(load) and os.path.abspath(load) == save_dir,
         planned_last_step=cfg.train.train_iters, record=record(args),
         with_files=lambda known: with_tokenizer_files(known, here),
-        samples_at=lambda step: samples_at(args, step),
+        samples_at=lambda step: samples_at(args, step, resumed_at=resumed_at, consumed=consumed),
+        row_every=getattr(logger, "tensorboard_log_interval", None),    # W&B's rows, too, with or without TensorBoard
     )  # fmt: skip
 
 

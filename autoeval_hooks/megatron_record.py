@@ -49,10 +49,14 @@ def record(args: Any) -> MegatronRecord:
     )
 
 
-def samples_at(args: Any, iteration: int) -> int | None:
-    """Samples consumed at an iteration that nobody counted at; None where the batch size was not always the same."""
+def samples_at(args: Any, iteration: int, *, resumed_at: int, consumed: int) -> int | None:
+    """Samples consumed at an iteration that nobody counted at, where `consumed` were at `resumed_at`; None where the
+    batch size was not always the present one."""
+    if iteration == resumed_at:
+        return consumed
     size = _number(args, "global_batch_size")
-    return None if not size or any(getattr(args, name, None) for name in _GROWING) else iteration * size
+    growing = any(getattr(args, name, None) for name in _GROWING)
+    return None if not size or growing or consumed != resumed_at * size else iteration * size
 
 
 def with_tokenizer_files(known: MegatronRecord, directory: str) -> MegatronRecord:

@@ -27,7 +27,7 @@ from autoeval_hooks.manifest import MegatronRecord
 from autoeval_hooks.queue import Queue
 from autoeval_hooks.relay import Relay
 from autoeval_hooks.retention import tidy_pins
-from autoeval_hooks.run_identity import RunIdentity, wandb_run
+from autoeval_hooks.run_identity import RunIdentity
 
 SETTLE_S = 60.0
 """For so long after its save, a checkpoint may look incomplete: another node wrote what says that it is complete."""
@@ -43,7 +43,8 @@ class Facts:
 
     `save_dir` is its absolute `--save`; `resumed_at` the iteration that was loaded, 0 for a fresh start; `resumed_here`
     says that it was loaded from `save_dir`; `record` describes its checkpoints, `with_files` adds the tokenizer's
-    files to that (it reads them); `samples_at` estimates samples consumed at an iteration, or knows none.
+    files to that (it reads them); `samples_at` estimates samples consumed at an iteration, or knows none; at every
+    `row_every`-th iteration training begins a row in W&B, None: never by iteration.
     """
 
     save_dir: str
@@ -53,6 +54,7 @@ class Facts:
     record: MegatronRecord
     with_files: Callable[[MegatronRecord], MegatronRecord]
     samples_at: Callable[[int], int | None]
+    row_every: int | None
 
 
 class Training:
@@ -63,7 +65,6 @@ class Training:
         self.config, self.facts = config, facts
         self._queue, self._delivery = Queue(config.queue), delivery
         self._run = identity(config)        # `wandb.finish()` may come before the last save is complete
-        self._row = getattr(wandb_run(), "step", None)
         self._begun: dict[int, tuple[int | None, float]] = {}
         self._handed_over: set[int] = set()
         self._known_since_ns: int | None = None
@@ -96,11 +97,10 @@ class Training:
     def logged(self, step: int) -> None:
         """Training has logged an iteration, to W&B or not."""
         self._step = step
-        run, relay = wandb_run(), self._relay
-        if run is None or relay is None:
+        relay, every = self._relay, self.facts.row_every
+        if relay is None:
             return
-        if run.step != self._row:       # else the row of before is still the open one
-            self._row = run.step
+        if every and step % every == 0:     # a new row is open (asking the W&B run for its step is no look into memory)
             relay.on_log()
         if self.facts.planned_last_step is not None and step >= self.facts.planned_last_step:
             relay.end(step, 0.0)        # Megatron may finish its W&B run before it is back from training

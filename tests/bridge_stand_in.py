@@ -65,6 +65,7 @@ def configuration(save: Path, **changes: Any) -> types.SimpleNamespace:
     }  # fmt: skip
     return types.SimpleNamespace(
         checkpoint=types.SimpleNamespace(**checkpoint | changes),
+        logger=types.SimpleNamespace(tensorboard_log_interval=1),
         train=types.SimpleNamespace(train_iters=6, global_batch_size=4, micro_batch_size=2, rampup_batch_size=None),
         model=types.SimpleNamespace(
             tensor_model_parallel_size=1, pipeline_model_parallel_size=1, context_parallel_size=1, seq_length=16,

@@ -82,7 +82,7 @@ def converted(
     section, source = request.config.convert, request.ticket.manifest
     assert section is not None
     given = tokenizer() if any("tokenizer" in _names(argument) for argument in section.command) else None
-    key, root = _key(source, section, given), directory_of(section)
+    key, root = _key(source, request.config, section, given), directory_of(section)
     with ExitStack() as stack:
         try:
             root.mkdir(parents=True, exist_ok=True)
@@ -102,7 +102,8 @@ def converted(
             found.unchanged()
             result.found.unchanged()
 
-        facts = {"converted by": f"{Path(section.command[0]).name} {_digest(section.command)[:12]}"}
+        what = _digest([[f.path, f.size, f.digest] for f in result.files])[:16]
+        facts = {"converted by": f"{Path(section.command[0]).name} {_digest(section.command)[:12]}", "converted": what}
         yield Servable(model, directory, unchanged, facts=facts)
 
 
@@ -134,7 +135,11 @@ def _convert(
     names = manifests.model_files(str(output))
     if layouts.is_megatron(os.listdir(output)) or not any(manifests.is_weights(n) for n in names):
         raise ConfigError(f"{where} left no weights in {{output}} (*.safetensors); {said}")
-    outside = [n for n in names if not (output / n).resolve().is_relative_to(output.resolve())]
+    outside = [
+        n for n in names
+        if not (output / n).resolve().is_relative_to(output.resolve())
+        or ((output / n).is_symlink() and os.path.isabs(os.readlink(output / n)))       # it is to be moved
+    ]  # fmt: skip
     if outside:
         raise ConfigError(f"{where} left a link, {outside[0]}, that leads out of {{output}}; have it leave a copy")
     _checked(request.config, source, output, tuple(manifests.record(str(output), n) for n in names))
@@ -176,9 +181,13 @@ def _digest(content: object) -> str:
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()
 
 
-def _key(source: Manifest, section: ConvertSection, tokenizer: Path | None) -> str:
-    """Equal for what the same command makes of the same files, with the same tokenizer."""
+def _key(source: Manifest, config: Config, section: ConvertSection, tokenizer: Path | None) -> str:
+    """Equal for what the same command makes of the same files, with the same tokenizer. The program and the files that
+    the command names count by their content: a script that was mended is another."""
+    program = _program(config, section) or ""
+    named = [path for path in (program, *section.command[1:]) if os.path.isfile(path)]
+    programs = [program, *(manifests.record(*os.path.split(os.path.realpath(path))).digest for path in named)]
     names = manifests.model_files(str(tokenizer)) if tokenizer else []
     more = [manifests.record(str(tokenizer), name) for name in names]
     contents = [[[f.path, f.size, f.digest] for f in files] for files in (source.files, more)]
-    return _digest([source.kind, source.step, section.command, *contents])
+    return _digest([source.kind, source.step, section.command, programs, *contents])

@@ -18,9 +18,9 @@ from pathlib import Path
 
 from autoeval_hooks import fsio, strict
 from autoeval_hooks import manifest as manifests
-from autoeval_hooks.errors import CheckpointError
+from autoeval_hooks.errors import CheckpointError, ConfigError
 from autoeval_hooks.manifest import FileRecord
-from eval_runner import scratch
+from eval_runner import process, scratch
 from eval_runner.checkpoints.base import Verified, log, look
 from eval_runner.checkpoints.locks import Lock
 
@@ -57,8 +57,10 @@ def obtain(
     `keep` directories stay, those used last. `waits` is called once if another makes it now. Raises what `make` does,
     `process.Stopped` once `stopping` is true, and OSError.
     """
-    path, spoilt, told = root / key, -1, False
+    path, spoilt, made, told = root / key, -1, -1, False
     while True:
+        if stopping():
+            raise process.Stopped(f"{path}: told to stop")
         inode = _inode(path)
         if inode not in (0, spoilt) and lock.shared():
             if kept := _verified(path):
@@ -66,11 +68,16 @@ def obtain(
                 _tidy(root, keep - 1, key)
                 return kept
             spoilt = inode
+            if spoilt == made:      # nor would it be the next time
+                raise ConfigError(f"{source}: what was made of it is not as it was left once it stands at {path}")
         elif inode in (0, spoilt) and lock.alone():
             if _inode(path) == spoilt:
                 _remove(path)
+                if os.path.lexists(path):
+                    raise ConfigError(f"{path}: is none of the directories that autoeval made; remove it yourself")
             if not path.exists():
                 _make(path, make, source)
+                made = _inode(path)
             spoilt = -1
         else:
             if not told:

@@ -224,7 +224,8 @@ class Process:
         try:
             connection.request(probe.method, probe.path, probe.body, {"Content-Type": "application/json"})
             while not select.select([connection.sock], [], [], POLL_S)[0]:
-                if time.monotonic() > deadline:     # one that ends meanwhile closes the connection
+                # One that ends meanwhile closes the connection, unless a device holds it in the kernel.
+                if self._ended.is_set() or time.monotonic() > deadline:
                     return False
             response = connection.getresponse()
             status, body = response.status, response.read(ANSWER_MAX)

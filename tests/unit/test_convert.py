@@ -261,6 +261,45 @@ def test_who_waits_or_converts_heeds_that_it_must_stop(
     assert directories(tmp_path) == []
 
 
+def test_a_directory_that_is_not_ours_stands_in_the_way_once(
+    prepare: Prepare, calls: Callable[[], int], tmp_path: Path
+) -> None:
+    with prepare():
+        (name,) = directories(tmp_path)
+    (tmp_path / "kept" / name / "autoeval-kept.json").unlink()
+    with pytest.raises(ConfigError, match=f"{name}: is none of the directories that autoeval made; remove it"), \
+            prepare():
+        pass
+    assert calls() == 1
+
+
+def test_what_cannot_be_found_as_it_was_left_is_made_once(tmp_path: Path) -> None:
+    made: list[Path] = []
+
+    def make(path: Path) -> None:
+        made.append(path)
+        path.mkdir()
+        (path / "config.json").write_text("{}")
+        (path / "model.safetensors").symlink_to(path / "config.json")      # leads nowhere once it was moved
+
+    with Lock(tmp_path / f"{'b' * 64}.lock") as lock, \
+            pytest.raises((ConfigError, CheckpointError), match="not as it was left"):
+        kept.obtain(tmp_path, "b" * 64, lock, make, source="it", keep=2, stopping=lambda: len(made) > 3,
+                    waits=lambda: None)  # fmt: skip
+    assert len(made) == 1
+
+
+def test_a_script_that_was_mended_converts_anew(prepare: Prepare, calls: Callable[[], int], tmp_path: Path) -> None:
+    script = tmp_path / "converter.py"
+    script.write_bytes(Path(COMMAND[1]).read_bytes())
+    command = [COMMAND[0], str(script), *COMMAND[2:]]
+    for expected in (1, 1, 2):
+        if expected == 2:
+            script.write_text(script.read_text() + "# mended\n")
+        with prepare(command=command):
+            assert calls() == expected
+
+
 def test_what_a_killed_runner_left_half_made_is_removed(
     prepare: Prepare, calls: Callable[[], int], tmp_path: Path
 ) -> None:

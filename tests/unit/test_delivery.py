@@ -150,3 +150,20 @@ def test_the_guard_lets_only_interrupts_pass(caplog: pytest.LogCaptureFixture) -
     for error in (KeyboardInterrupt(), SystemExit(1)):
         with pytest.raises(type(error)):
             raises(error)
+
+
+def test_a_flush_waits_for_what_was_put_before_it_alone() -> None:
+    """Work that puts more work, one after the other, holds nobody who waits for what is urgent."""
+    work, done = Delivery(), []
+
+    def link(n: int) -> None:
+        done.append(n)
+        if n < 30:
+            work.put(lambda: link(n + 1), f"link {n + 1}")
+            time.sleep(0.1)
+
+    work.put(lambda: link(0), "link 0")
+    assert work.flush(2)
+    assert len(done) < 10
+    assert work.finish(5)
+    assert done == list(range(31))

@@ -110,6 +110,13 @@ CASES: dict[str, tuple[str, dict[str, Any], Any, str | None]] = {
     "sample-o": (D, SAMPLE, None, None),
     "stopped-m": (S, STOPPED, None, None),
     "stopped-o": (D, STOPPED, None, None),
+    # What Megatron 0.17 to 0.19 leave of an answer that a stop sequence of two tokens ended: made up, by their source.
+    "stopped-late": (D, STOPPED, (200, {"choices": [
+        {"text": "de", "finish_reason": "stop", "generation_token_ids": PROMPT_IDS[:2],
+         "logprobs": {"tokens": ["d", "ef"], "token_logprobs": [None, -1.0, -2.0, -8.0, -9.0]}}]}), None),
+    "none-generated": (D, GENERATE, (200, {"choices": [
+        {"text": "d", "generation_token_ids": PROMPT_IDS[:1],
+         "logprobs": {"tokens": ["d"], "token_logprobs": [None, None]}}]}), "gives None for a log-probability"),
     "two": (S, GENERATE | {"num_completions": 2}, None, None),
     "nothing-m": (S, GENERATE, (200, {"tokens": [PROMPT_IDS], "logprobs": [[-1.0] * 10]}), None),
     "nothing-o": (D, GENERATE, (200, {"choices": [{"text": "", "generation_token_ids": [], "logprobs": {
@@ -253,6 +260,11 @@ def test_sampling_is_passed_on(asked: dict[str, Asked]) -> None:
         assert (sent["temperature"], sent["top_p"], sent.get("top_k")) == (0.8, 0.9, None)
         assert len(_completions(asked[name])[0]["tokens"]) == 4
     assert len(_completions(asked["two"])) == len(asked["two"].sent) == 2
+
+
+def test_what_stands_before_a_stop_sequence_keeps_its_own_numbers(asked: dict[str, Asked]) -> None:
+    (completion,) = _completions(asked["stopped-late"])
+    assert [(t["text"], t["logprob"]) for t in completion["tokens"]] == [("d", -1.0), ("ef", -2.0)]
 
 
 @pytest.mark.parametrize("name", ["stopped-m", "stopped-o"])

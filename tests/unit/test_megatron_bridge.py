@@ -240,6 +240,7 @@ def test_points_join_rows_that_are_new(bridge: Make, tmp_path: Path, monkeypatch
 
     training = bridge(log=log, save_interval=1)
     training.cfg.train.train_iters = 12
+    training.cfg.logger.tensorboard_log_interval = 3
     training.train()
     assert run.steps == [1.0, 2.0], run.rows
     assert [row["loss"] for row in [*run.rows, run.open] if row] == [1.0] * 4

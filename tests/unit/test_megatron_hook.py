@@ -43,6 +43,8 @@ class Megatron:
             autoeval_config=None,
         )  # fmt: skip
         vars(self.args).update(arguments)
+        if self.args.iteration and "consumed_train_samples" not in arguments:
+            self.args.consumed_train_samples = self.args.iteration * self.args.global_batch_size
         self.events: list[Any] = []
         self.retain = False
         self.write: Callable[[Path], Any] = layouts.torch_dist
@@ -566,10 +568,11 @@ def test_of_a_training_that_began_without_us_only_the_checkpoint_resumed_from_is
     save = tmp_path / "save"
     for step in (2, 4):
         layouts.torch_dist(save / f"iter_{step:07d}")
-    trained(start(iteration=4, load=str(save), rampup_batch_size=["2", "2", "100"]), 5)
+    growing = {"rampup_batch_size": ["2", "2", "100"], "consumed_train_samples": 10}    # counted by Megatron
+    trained(start(iteration=4, load=str(save), **growing), 5)
     found = ended(tmp_path)
     assert sorted(found) == [("quick", 4), ("quick", 5), ("slow", 4)]
-    assert (found["quick", 4].manifest.samples, found["quick", 4].manifest.tokens) == (None, None)
+    assert (found["quick", 4].manifest.samples, found["quick", 4].manifest.tokens) == (10, 80)
 
 
 def test_a_training_that_goes_on_from_elsewhere_reconciles_nothing(
@@ -584,7 +587,7 @@ def test_a_training_that_goes_on_from_elsewhere_reconciles_nothing(
 
 
 class Row:
-    """A W&B run by its step, and a relay, that note when a point would have joined a row."""
+    """A relay that notes at which iteration a point would have joined a row."""
 
     def __init__(self) -> None:
         self.step, self.calls = 0, []       # type: int, list[Any]
@@ -596,23 +599,36 @@ class Row:
         self.calls.append(("end", last_step, wait))
 
 
+class Unasked:
+    """A W&B run that no iteration may ask for its step: that is a request to another process, which may hang."""
+
+    disabled, id = False, "run"
+    name = project = entity = group = dir = ""
+    settings = types.SimpleNamespace(base_url="", mode="offline")
+
+    @property
+    def step(self) -> int:
+        raise TimeoutError("wandb-core does not answer")
+
+
+@pytest.mark.parametrize(("tensorboard", "joined"), [("tb", [4, 6]), (None, [])])
 def test_a_point_joins_a_row_that_training_has_begun_and_no_other(
-    start: Callable[..., Megatron], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    m, row = start(train_iters=6), Row()
-    row.step = 2        # a run that goes on
-    monkeypatch.setattr(megatron_training, "wandb_run", lambda: row)
+    start: Callable[..., Megatron], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    tensorboard: str | None, joined: list[int],
+) -> None:  # fmt: skip
+    m, row = start(train_iters=6, tensorboard_dir=tensorboard, tensorboard_log_interval=2), Row()
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(run=Unasked()))  # type: ignore[arg-type]
 
     def steps() -> None:
         assert hook._training is not None
         hook._training._relay = row  # type: ignore[assignment]
         for iteration in (3, 4, 5, 6):
-            if iteration % 2 == 0:      # Megatron logs no row in the others
-                row.step = iteration
+            row.step = iteration
             m.step(iteration)
 
     m.run(steps)
-    assert row.calls == [4, 6, ("end", 6, 0.0), ("end", 6, 2.0)]
+    assert row.calls == [*joined, ("end", 6, 0.0), ("end", 6, 2.0)]
+    assert not [message for message in messages(caplog) if "wandb-core" in message]
 
 
 # ---------------------------------------------------------------------- the record
@@ -661,4 +677,12 @@ def test_a_tokenizer_that_is_no_file_here_has_none(tmp_path: Path) -> None:
 def test_samples_are_told_where_the_batch_size_was_always_the_same(
     arguments: dict[str, Any], samples: int | None
 ) -> None:
-    assert samples_at(argparse.Namespace(**arguments), 10) == samples
+    size = arguments.get("global_batch_size", 0)
+    assert samples_at(argparse.Namespace(**arguments), 10, resumed_at=20, consumed=20 * size) == samples
+    assert samples_at(argparse.Namespace(**arguments), 10, resumed_at=0, consumed=0) == samples
+
+
+def test_samples_of_another_batch_size_are_unknown_but_for_where_they_were_counted() -> None:
+    args = argparse.Namespace(global_batch_size=512)
+    known = {step: samples_at(args, step, resumed_at=1000, consumed=256_000) for step in (500, 1000, 1500)}
+    assert known == {500: None, 1000: 256_000, 1500: None}

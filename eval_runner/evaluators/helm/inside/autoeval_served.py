@@ -136,7 +136,7 @@ def _ask_openai(url: str, model: str, request: Request, tokenizer: Any) -> Answe
     if not isinstance(told, dict) or not all(isinstance(told.get(k), list) for k in ("tokens", "token_logprobs")):
         raise Failed(f"{UNUSABLE}: {where} gives no log-probabilities")
     texts, logprobs = told["tokens"], told["token_logprobs"]
-    if not request.echo_prompt and logprobs[:1] == [None] and len(logprobs) == len(texts) + 1:
+    if not request.echo_prompt and logprobs[:1] == [None]:
         logprobs = logprobs[1:]     # Megatron keeps the place of the prompt's first token
     if not request.echo_prompt and body.get("stop") and choice.get("finish_reason") == "stop":
         logprobs = logprobs[: len(texts)]   # and takes a stop sequence off the tokens, not all of it off these
@@ -148,9 +148,10 @@ def _ask_openai(url: str, model: str, request: Request, tokenizer: Any) -> Answe
         raise _misaligned(f"{len(texts)} tokens for a prompt of {length} and {wanted} more", where)
     if request.echo_prompt:
         _check_prompt(ids, choice.get("prompt_token_ids"), texts, tokenizer, where)
-    prompt = _tokens(tokenizer, ids[:length], logprobs[:length], where)
     if numbers is not None:
-        return Answer(prompt, _tokens(tokenizer, numbers, logprobs[length:], where), tokenizer.decode(numbers))
+        found = _tokens(tokenizer, [*ids[:length], *numbers], logprobs, where, starts=length > 0)
+        return Answer(found[:length], found[length:], tokenizer.decode(numbers))
+    prompt = _tokens(tokenizer, ids[:length], logprobs[:length], where)
     generated = [Token(str(t), _number(n, where)) for t, n in zip(added, logprobs[length:], strict=True)]
     return Answer(prompt, generated, "".join(t.text for t in generated))
 
@@ -196,9 +197,11 @@ def _misaligned(what: str, where: str) -> Failed:
     )
 
 
-def _tokens(tokenizer: Any, ids: list[int], logprobs: list[Any], where: str) -> list[Token]:
-    """The first may be without a log-probability: nothing stands before it."""
-    if logprobs[:1] == [None]:
+def _tokens(
+    tokenizer: Any, ids: list[int], logprobs: list[Any], where: str, *, starts: bool = True
+) -> list[Token]:
+    """The first of a text that `starts` here may be without a log-probability: nothing stands before it."""
+    if starts and logprobs[:1] == [None]:
         logprobs = [0.0, *logprobs[1:]]
     return [Token(tokenizer.decode([i]), _number(n, where)) for i, n in zip(ids, logprobs, strict=True)]
 
