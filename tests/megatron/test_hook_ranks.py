@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -41,7 +42,8 @@ def test_two_ranks_of_data(place: Make) -> None:
     assert (m.samples, m.tokens) == (BATCH * 4, BATCH * 4 * SEQUENCE)
     assert m.megatron is not None
     assert (m.megatron.world_size, m.megatron.tensor_parallel) == (2, 1)
-    assert m.megatron.tokenizer["tokenizer_model"] == "words"
+    assert Path(m.megatron.tokenizer["tokenizer_model"]).is_dir()      # absolute, though it was given as "words"
+    assert os.path.isabs(m.megatron.tokenizer["tokenizer_model"])
     files = {file.path: file for file in m.megatron.tokenizer_files}
     assert sorted(files) == [str(words / "tokenizer.json"), str(words / "tokenizer_config.json")]
     assert files[str(words / "tokenizer.json")].digest == manifest.record(str(words), "tokenizer.json").digest
