@@ -36,7 +36,6 @@ class Progress:
         handler.addFilter(_masked)
         self._handler = handler
         self._level = logging.DEBUG if verbose else logging.INFO
-        self._before = (log.level, log.propagate)
         self._bar = Bar(
             TextColumn("{task.description}"), BarColumn(bar_width=30), TextColumn("{task.fields[what]}"),
             TimeElapsedColumn(), console=console, transient=True, disable=not self._live,
@@ -44,6 +43,7 @@ class Progress:
         self._task = self._bar.add_task("waiting for tickets", total=None, what="")
 
     def __enter__(self) -> Progress:
+        self._before = (log.level, log.propagate)
         log.addHandler(self._handler)
         log.setLevel(self._level)
         log.propagate = False

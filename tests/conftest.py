@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,17 @@ from autoeval_hooks.run_identity import RunIdentity
 from autoeval_hooks.ticket import Ticket
 
 SUITE = "5" * 64
+
+
+@pytest.fixture(autouse=True)
+def logger_left_as_it_was() -> Iterator[None]:
+    """A test that leaves our logger changed fails itself, not a later one that counts what was logged."""
+    logger = logging.getLogger("autoeval")
+    before = list(logger.handlers)
+    yield
+    left = logger.propagate, list(logger.handlers)
+    logger.propagate, logger.handlers = True, before
+    assert left == (True, before)
 
 
 @pytest.fixture

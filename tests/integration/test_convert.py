@@ -57,10 +57,14 @@ def write(tmp_path: Path, *how: str) -> Path:
     return path
 
 
-def run(config_file: Path, evaluator: StandIn, name: str = "r1") -> None:
+def drain(config_file: Path, evaluator: StandIn, progress: Progress, name: str = "r1") -> None:
     config = configs.load(str(config_file))
+    assert Runner(config, {"a": [evaluator], "b": [evaluator]}, {}, progress, name=name).run("drain")
+
+
+def run(config_file: Path, evaluator: StandIn) -> None:
     with Progress() as progress:
-        assert Runner(config, {"a": [evaluator], "b": [evaluator]}, {}, progress, name=name).run("drain")
+        drain(config_file, evaluator, progress)
 
 
 def results(tmp_path: Path, *states: str) -> list[Result]:
@@ -91,16 +95,18 @@ def test_two_suites_are_scored_and_the_checkpoint_is_converted_once(
 def test_two_runners_at_once_convert_once(config_file: Path, tmp_path: Path, calls: Callable[[], int]) -> None:
     write(tmp_path, "slow")
     submit(made.torch_dist(tmp_path / "save" / "iter_0000010"), config=config_file)
-    threads = [
-        threading.Thread(target=run, args=(config_file, StandIn(), name), daemon=True) for name in ("r1", "r2")
-    ]
-    for thread in threads:
-        thread.start()
     queue = Queue(str(tmp_path / "queue"))
-    wait_for(lambda: len(list(queue.tokens("claimed"))) == 2 and calls() == 1)
-    (tmp_path / "calls.go").touch()
-    for thread in threads:
-        thread.join(WAIT_S)
+    with Progress() as progress:            # a process has one
+        threads = [
+            threading.Thread(target=drain, args=(config_file, StandIn(), progress, name), daemon=True)
+            for name in ("r1", "r2")
+        ]
+        for thread in threads:
+            thread.start()
+        wait_for(lambda: len(list(queue.tokens("claimed"))) == 2 and calls() == 1)
+        (tmp_path / "calls.go").touch()
+        for thread in threads:
+            thread.join(WAIT_S)
     assert len(results(tmp_path, "done")) == 2
     assert calls() == 1
 
@@ -123,9 +129,11 @@ def test_a_conversion_that_fails_fails_the_ticket_with_its_reason(
 RUNNER = """
 import sys
 from pathlib import Path
-from tests.integration.test_convert import run
+from eval_runner.progress import Progress
+from tests.integration.test_convert import drain
 from tests.stand_ins import StandIn
-run(Path(sys.argv[1]), StandIn(), "killed")
+with Progress() as progress:
+    drain(Path(sys.argv[1]), StandIn(), progress, "killed")
 """
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -53,9 +52,8 @@ def seen(breakers: Breakers, digest: str = SUITE) -> bool:
 
 
 def test_failures_on_different_checkpoints_in_a_row_stop_a_suite_for_all_runners(
-    make: object, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    make: object, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("autoeval"), "propagate", True)
     one, two = make(), make()  # type: ignore[operator]
     assert fail(one, "c1", "c1", "c1") == [False] * 3           # one checkpoint, which has its own attempts
     assert fail(two, "c2") == [False]
@@ -164,9 +162,8 @@ def test_a_full_disk_stops_the_suite_for_this_runner_all_the_same(make: object, 
     json.dumps({"suite": "quick", "suite_digest": SUITE, "open": "yes"}).encode(),
 ])  # fmt: skip
 def test_a_file_that_is_none_of_ours_stops_nothing(
-    make: object, tmp_path: Path, text: bytes, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    make: object, tmp_path: Path, text: bytes, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(logging.getLogger("autoeval"), "propagate", True)
     path = tmp_path / "breakers" / f"{SUITE}.json"
     path.write_bytes(text)
     for name in ("notes.txt", f".{SUITE}.json.tmp"):
