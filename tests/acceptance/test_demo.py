@@ -226,7 +226,10 @@ def test_an_interrupted_demo_leaves_no_process(tmp_path: Path, number: signal.Si
     if number == signal.SIGKILL and not shutil.which("setpriv"):
         pytest.skip("nothing ties children to a killed parent without util-linux's setpriv")
     place = tmp_path / "out"
-    child = subprocess.Popen(command(place), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    child = subprocess.Popen(
+        command(place), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),    # ignored where the tests run behind `&`
+    )  # fmt: skip
     try:
         wait_until(lambda: child.poll() is not None or evaluating(place), 150)
         assert child.poll() is None, "it ended before HELM had started"
