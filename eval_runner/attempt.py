@@ -22,7 +22,7 @@ from eval_runner.evaluators.base import Evaluator, Job
 from eval_runner.lease import limits
 from eval_runner.parts import Kept
 from eval_runner.progress import Progress
-from eval_runner.results.schema import VERSION, Evaluation, Instance, Result
+from eval_runner.results.schema import VERSION, Detail, Evaluation, Instance, Result
 from eval_runner.servers.base import Server, Serving
 from eval_runner.servers.shared import Shared
 
@@ -55,7 +55,7 @@ class Attempt:
 def evaluate(
     attempt: Attempt, evaluators: Sequence[Evaluator], server: Server | None, config: Config,
     stopping: Callable[[], bool], show: Progress, ops: FileOps,
-) -> tuple[Result, list[Instance]]:  # fmt: skip
+) -> tuple[Result, list[Instance], list[Detail]]:  # fmt: skip
     """Verify the checkpoint, evaluate it, verify it again. Raises what adapters, servers and evaluators raise."""
     ticket, section = attempt.ticket, config.runner
     log = f"{config.queue}/logs/{attempt.token.result_name}"
@@ -64,13 +64,14 @@ def evaluate(
         raise _no_server(config, ticket.manifest.path)      # before its files are read
     evaluations: list[Evaluation] = []
     instances: list[Instance] = []
+    details: list[Detail] = []
     with scratch.directory() as work:
         request = Request(
             ticket, config, work, Path(f"{log}.{ticket.manifest.kind}.log"), stopping,
             partial(show.evaluation, ticket), limits(section.lease, section.timeout),
         )  # fmt: skip
         with prepare(request) as checkpoint, _served(attempt, server, checkpoint, config, work, stopping) as served:
-            facts = checkpoint.facts | (server.facts(checkpoint) if server and served else {})
+            server_facts = server.facts(checkpoint) if server and served else {}
             record = checkpoint.megatron
             for i, evaluator in enumerate(evaluators):
                 kind = attempt.suite.evaluators[i]["type"]
@@ -78,9 +79,10 @@ def evaluate(
                 own.mkdir()
                 job = Job(
                     path=checkpoint.path, tokenizer=checkpoint.tokenizer, name=_model_name(ticket), work_dir=own,
-                    trust_remote_code=section.trust_remote_code,
+                    step=ticket.manifest.step, trust_remote_code=section.trust_remote_code,
                     log=Path(f"{log}.{i}-{kind}.log"),
                     endpoint=served.endpoint if served else None,
+                    loadable=record is None,
                     max_length=record.seq_length or None if record and served else None,
                     stopping=served.stopping if served else stopping,
                     progress=show.evaluation(ticket, kind),
@@ -88,15 +90,16 @@ def evaluate(
                         config.queue, i, lambda done: attempt.result("ok", evaluations=done), checkpoint.unchanged, ops
                     ),
                     limits=limits(section.lease, section.timeout),
-                    facts=facts,
+                    facts=checkpoint.facts, server_facts=server_facts,
                 )  # fmt: skip
                 with served.answering() if served else contextlib.nullcontext():
                     outcome = evaluator.evaluate(job)
                 evaluations.append(outcome.evaluation)
                 instances.extend(outcome.instances)
+                details.extend(outcome.details)
                 scratch.remove(own)
             checkpoint.unchanged()
-    return attempt.result("ok", evaluations=tuple(evaluations)), instances
+    return attempt.result("ok", evaluations=tuple(evaluations)), instances, details
 
 
 @contextlib.contextmanager
@@ -115,7 +118,7 @@ def _served(
     serving = Serving(
         checkpoint, _model_name(attempt.ticket), attempt.ticket.manifest.step, own,
         config.queue / "logs" / f"{attempt.token.result_name}.server.log", stopping,
-        limits(config.runner.lease, None),
+        limits(config.runner.lease, None), config.runner.trust_remote_code,
     )  # fmt: skip
     with Shared(server, serving) as shared:
         yield shared

@@ -56,7 +56,7 @@ class Kept(Parts):
                     raise store.ResultError(f"{path}: its {name} is that of another evaluation")
             if len(found.evaluations) != 1:
                 raise store.ResultError(f"{path}: is not the record of one part")
-            return Outcome(found.evaluations[0], list(store.instances(path)))
+            return Outcome(found.evaluations[0], list(store.instances(path)), list(store.details(path)))
         except FileNotFoundError:
             return None
         except (OSError, store.ResultError) as error:
@@ -73,7 +73,9 @@ class Kept(Parts):
                 with contextlib.suppress(FileExistsError):
                     self.ops.mkdir(str(directory))
             folder = os.path.join(FOLDER, path.parent.name)
-            store.write(self.root, path.name, result, outcome.instances, ops=self.ops, folder=folder)
+            store.write(
+                self.root, path.name, result, outcome.instances, details=outcome.details, ops=self.ops, folder=folder
+            )
         except QueueError:
             log.debug("%s: another attempt has kept it", path)
         except OSError as error:

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from autoeval_hooks.errors import AutoEvalError
@@ -57,18 +57,20 @@ def run(
     silence: float = SILENCE_S,
     on_tick: Callable[[], None] | None = None,
     on_start: Callable[[int], None] = lambda pid: None,
+    keep: Sequence[int] = (),
 ) -> int:
     """The exit status of `argv`, negative for a signal as in `subprocess`. Its output is appended to `log`.
 
     `stopping` must answer at once. `on_tick` is called now and then in a thread of its own, and what it raises is
-    raised here. `on_start` is told the process id of the supervisor, which all of the program is below. Raises
+    raised here. `on_start` is told the process id of the supervisor, which all of the program is below. The
+    descriptors `keep` stay open until nothing of the program is left, also where this process dies first. Raises
     Stopped, TimedOut after `timeout` seconds, AutoEvalError if this process stood still for `silence` seconds, and
     OSError where the program cannot be started. Told to end, it has `grace` seconds for it.
     """
     started = time.monotonic()
     name = Path(argv[0]).name
     with contextlib.ExitStack() as stack:
-        child = _Child(argv, env, cwd, silence)
+        child = _Child(argv, env, cwd, silence, keep)
         stack.callback(child.close)
         on_start(child.pid)
         side = _Side(child.output, log, on_tick)
@@ -124,7 +126,9 @@ def tail(log: Path, lines: int = 5) -> str:
 class _Child:
     """A program under its supervisor. `output` is the reading end of the pipe that it writes to."""
 
-    def __init__(self, argv: list[str], env: dict[str, str] | None, cwd: Path, silence: float) -> None:
+    def __init__(
+        self, argv: list[str], env: dict[str, str] | None, cwd: Path, silence: float, keep: Sequence[int]
+    ) -> None:
         self._program = argv[0]
         self._said: dict[str, int] = {}
         self.output, output = os.pipe()
@@ -135,7 +139,7 @@ class _Child:
         try:
             self._supervisor = subprocess.Popen(
                 [sys.executable, "-I", "-S", supervisor.__file__, str(report), repr(silence), *argv],
-                stdin=alive, stdout=output, stderr=subprocess.STDOUT, pass_fds=(report,), env=env, cwd=cwd,
+                stdin=alive, stdout=output, stderr=subprocess.STDOUT, pass_fds=(report, *keep), env=env, cwd=cwd,
                 start_new_session=True,
             )  # fmt: skip
         except BaseException:

@@ -97,6 +97,8 @@ def _context(config: Config, where: str) -> Context:
         environments=config.environments or environments.default_root(),
         where=where,
         config_file=str(config.path),
+        server=config.server["type"] if config.server else "",
+        cache=config.queue / "cache",
     )
 
 

@@ -250,10 +250,10 @@ class Runner:
     def _evaluate(self, attempt: Attempt, stopping: Callable[[], bool]) -> None:
         """Evaluate, record, and commit."""
         ticket, token, root = attempt.ticket, attempt.token, self.config.queue
-        result, instances = attempts.evaluate(
+        result, instances, details = attempts.evaluate(
             attempt, self.evaluators[attempt.suite.name], self.server, self.config, stopping, self.progress, self.ops
         )
-        store.write(root, token.result_name, result, instances, ops=self.ops)
+        store.write(root, token.result_name, result, instances, details=details, ops=self.ops)
         try:
             committed = self.queue.complete(token)
         except OSError:     # it may have been done; a second time it is the same, and saves the evaluation

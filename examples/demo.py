@@ -13,12 +13,13 @@ import json
 import math
 import os
 import re
+import secrets
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from fcntl import LOCK_EX, LOCK_NB, flock
@@ -35,8 +36,15 @@ CONFIG = EXAMPLE / "autoeval.yaml"
 OUT = HERE.parent / "demo_output"
 MARK = ".autoeval-demo"
 """A file in the output directory: only a directory with it is ours to empty."""
-BENCHMARKS = ("autoeval_bpb.python", "next_line", "dyck_language.2")
-BPB = BENCHMARKS[0]
+SCORES = {
+    "bits per byte": ("quick", "autoeval_bpb.python", "bits_per_byte"),
+    "next line": ("quick", "next_line", "exact_match"),
+    "brackets": ("quick", "dyck_language.2", "exact_match_indicator"),
+    "judge's win rate": ("judge", "next_line", "win_rate"),
+}
+"""What is printed: suite, benchmark and metric."""
+SUITES = {suite for suite, _, _ in SCORES.values()}
+BPB = SCORES["bits per byte"]
 RUNNER = str(Path(sys.executable).with_name("autoeval-runner"))
 PLACES = {"scores": "scores.csv", "report": "report/index.html", "the W&B run": "wandb", "logs": "logs"}
 PATIENCE_S = 300.0
@@ -51,7 +59,7 @@ class Plan:
     save_steps: int = 150
     excerpts: int = 100
     questions: int = 100
-    duration: str = "about three minutes on two cores"
+    duration: str = "about five minutes on two cores"
 
     @property
     def checkpoints(self) -> list[int]:
@@ -86,7 +94,8 @@ def demo(plan: Plan, out: Path) -> None:
     watch = Watch(plan)
     watch.say(
         f"A model of 0.7 M parameters learns Python's own library, {plan.steps} steps with a checkpoint at every "
-        f"{plan.save_steps}, of which the Trainer keeps the newest only. Beside it a runner evaluates each with HELM. "
+        f"{plan.save_steps}, of which the Trainer keeps the newest only. Beside it a runner evaluates each, with HELM "
+        "and by a judge who compares what it writes with something else. "
         f"This takes {plan.duration}."
     )
     logs, environment = out / "logs", surroundings(out)
@@ -102,6 +111,7 @@ def demo(plan: Plan, out: Path) -> None:
     steps = ("--steps", plan.steps, "--save-steps", plan.save_steps)
     places = ("--data", out / "data", "--output", out / "run")
     with (
+        judge(process, environment, out, watch),
         process("runner", RUNNER, "run", "--config", CONFIG) as runner,
         process("training", sys.executable, EXAMPLE / "train.py", *places, *steps) as training,
     ):
@@ -112,6 +122,25 @@ def demo(plan: Plan, out: Path) -> None:
     watch.clear()
     check(plan, out)
     print(f"{'took:':13}{watch.elapsed}")
+
+
+@contextmanager
+def judge(process: Callable[..., Process], environment: dict[str, str], out: Path, watch: Watch) -> Iterator[None]:
+    """With an API key in the environment nothing is done, and OpenAI's API is asked. Without one a stand-in for it is
+    there while the context is open, and `environment` leads to it."""
+    if environment.get("OPENAI_API_KEY"):
+        watch.say("OPENAI_API_KEY is set, so the judge is a real one, and is paid for")
+        yield
+        return
+    questions = out / "data/questions.jsonl"
+    with process("judge", sys.executable, EXAMPLE / "judge.py", "--port", 0, "--questions", questions) as stand_in:
+        while not (found := re.search(r"http://\S+", stand_in.tail(1))):
+            if not stand_in.running():
+                raise DemoError(f"the stand-in judge ended; the end of {stand_in.log}:\n{stand_in.tail(12)}")
+            time.sleep(0.1)
+        environment.update(JUDGE_URL=found[0], JUDGE_MODEL="stand-in-judge", OPENAI_API_KEY=secrets.token_hex(16))
+        watch.say("no OPENAI_API_KEY is set, so the judge is a stand-in: no model, it compares with the right answer")
+        yield
 
 
 def surroundings(out: Path) -> dict[str, str]:
@@ -238,7 +267,7 @@ class Watch:
         Raises DemoError when a part fails or nothing moves any more.
         """
         moved, before, trained = time.monotonic(), "", False
-        expected = len(self.plan.checkpoints)
+        expected = len(self.plan.checkpoints) * len(SUITES)
         while True:
             if not runner.running():
                 raise DemoError(f"the runner ended early; the end of {runner.log}:\n{runner.tail(12)}")
@@ -252,18 +281,18 @@ class Watch:
                 handed_over = max(sum(state_of(out)[0].values()) for _ in range(3))
                 if handed_over < expected:
                     raise DemoError(
-                        f"training handed over {handed_over} of {expected} checkpoints; the end of "
+                        f"training handed over {handed_over} of {expected} tickets; the end of "
                         f"{training.log}:\n{training.tail(12)}"
                     )
             if counts.get("failed") or counts.get("quarantine"):
                 raise DemoError(f"a checkpoint could not be evaluated: {why_failed(out)}; see {runner.log}")
             step = progress_of(training)
-            charted = len(points(out)) if trained else 0
+            charted = len(charts(out)) if trained else 0
             if trained and charted >= expected == counts.get("done") and not waiting:
                 return
             done = counts.get("done", 0)
             doing = f"{charted} in W&B" if done == expected else self._doing
-            state = f"training step {step}/{self.plan.steps} · {done} of {expected} checkpoints evaluated · {doing}"
+            state = f"training step {step}/{self.plan.steps} · {done} of {expected} tickets done · {doing}"
             if state != before:
                 before, moved = state, time.monotonic()
             elif time.monotonic() - moved > PATIENCE_S:
@@ -308,16 +337,22 @@ def state_of(out: Path) -> tuple[dict[str, int], int]:
     return found.counts, sum(found.points_waiting.values())
 
 
+def judges(out: Path) -> set[str]:
+    """Who judged, as the servers reported it."""
+    evaluations = [e for r in store.collect(out / "queue").results for e in r.evaluations]
+    return {e.versions["judge"] for e in evaluations if "judge" in e.versions}
+
+
 def why_failed(out: Path) -> str:
     return "; ".join(f"step {t.step}: {t.why}" for t in status.read(out / "queue").tickets if t.state != "done")
 
 
-def points(out: Path) -> dict[int, dict[str, float]]:
-    """The scores that stand in the offline W&B run, by step."""
+def charts(out: Path) -> list[dict[str, float]]:
+    """The rows of scores that stand in the offline W&B run: one for each checkpoint and suite."""
     content = Content()
     for log in sorted(out.glob("wandb/offline-run-*/run-*.wandb")):
         content.add(log)
-    return {row["bench/step"]: row for row in content.rows if "bench/step" in row}
+    return [row for row in content.rows if "bench/step" in row]
 
 
 # ---------------------------------------------------------------- what came out
@@ -327,30 +362,31 @@ def check(plan: Plan, out: Path) -> None:
     """Print the scores and where they are. Raises DemoError unless everything that was promised is there."""
     with (out / "scores.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
-    by_place = {(int(row["step"]), row["benchmark"]): row for row in rows}
-    missing = [f"{b} at step {s}" for s in plan.checkpoints for b in BENCHMARKS if (s, b) not in by_place]
-    if missing:
+    by_place = {(int(row["step"]), row["suite"], row["benchmark"], row["metric"]): row for row in rows}
+    places = [(step, title, (step, *score)) for step in plan.checkpoints for title, score in SCORES.items()]
+    if missing := [f"{title} at step {step}" for step, title, place in places if place not in by_place]:
         raise DemoError(f"no score of {', '.join(missing)}; see {out / 'logs/runner.log'}")
 
-    print(f"\n{'step':>6}" + "".join(f"{b:>26}" for b in BENCHMARKS))
-    print(" " * 6 + "".join(f"{by_place[plan.steps, b]['metric']:>26}" for b in BENCHMARKS))
+    print(f"\n{'step':>6}" + "".join(f"{title:>20}" for title in SCORES))
     for step in plan.checkpoints:
-        scores = [by_place[step, b] for b in BENCHMARKS]
+        scores = [by_place[step, *score] for score in SCORES.values()]
         cells = [f"{float(s['value']):.3f} ± {float(s['stderr'] or 'nan'):.3f}" for s in scores]
-        print(f"{step:>6}" + "".join(f"{cell:>26}" for cell in cells))
-    print("(± one standard error; next_line is 0.25 by chance)\n")
+        print(f"{step:>6}" + "".join(f"{cell:>20}" for cell in cells))
+    print("(± one standard error; next line is 0.25 by chance, the win rate is against a line from elsewhere)")
+    print(f"The judge was {', '.join(sorted(judges(out)))}.\n")
 
-    results = sorted(store.collect(out / "queue").results, key=lambda r: r.step)
+    done = store.collect(out / "queue").results
+    results = sorted((r for r in done if r.suite == BPB[0]), key=lambda r: r.step)
     gone = len(results) - len(list((out / "run").glob("checkpoint-*")))
     late = sum(this.finished_at > following.saved_at for this, following in pairwise(results))
     print(f"The Trainer deleted {gone} of {len(results)} checkpoints, {late} of them before their scores were there.\n")
 
-    charted = points(out)
+    charted = charts(out)
     for row in rows:
         name = f"bench/{row['suite']}/{row['benchmark']}/{row['metric']}"
-        if charted.get(int(row["step"]), {}).get(name) != float(row["value"]):
+        if [c[name] for c in charted if c["bench/step"] == int(row["step"]) and name in c] != [float(row["value"])]:
             raise DemoError(f"{name} at step {row['step']} is not in the W&B run as it is in {out / 'scores.csv'}")
-    first, last = by_place[plan.checkpoints[0], BPB], by_place[plan.checkpoints[-1], BPB]
+    first, last = by_place[plan.checkpoints[0], *BPB], by_place[plan.checkpoints[-1], *BPB]
     fall = float(first["value"]) - float(last["value"])
     if not fall > 2 * math.hypot(float(first["stderr"]), float(last["stderr"])):
         raise DemoError(f"bits per byte did not fall clearly: {first['value']} at first, {last['value']} at last")

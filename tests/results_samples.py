@@ -9,7 +9,7 @@ from pathlib import Path
 from autoeval_hooks.queue import Queue, Token
 from autoeval_hooks.run_identity import RunIdentity
 from eval_runner.results import store
-from eval_runner.results.schema import VERSION, Evaluation, Failure, Instance, Result, Score
+from eval_runner.results.schema import VERSION, Detail, Evaluation, Failure, Instance, Result, Score
 
 T0 = 1_800_000_000.0
 
@@ -54,11 +54,12 @@ def queue(root: Path) -> Path:
 
 
 def publish(
-    root: Path, r: Result, instances: Iterable[Instance] = (), *, state: str = "done", record: bool = True
-) -> Token:
+    root: Path, r: Result, instances: Iterable[Instance] = (), *, details: Iterable[Detail] = (), state: str = "done",
+    record: bool = True,
+) -> Token:  # fmt: skip
     """Put a result and its token where a runner would."""
     token = Token(state, f"5-{int(r.finished_at)}", r.ticket, r.generation, 0, r.runner)
     if record:
-        store.write(root, token.result_name, r, instances)
+        store.write(root, token.result_name, r, instances, details=details)
     (root / state / token.name).touch()
     return token

@@ -48,6 +48,10 @@ class Lock:
             raise Stopped("told to stop while waiting for another")
         time.sleep(POLL_S)
 
+    def fileno(self) -> int:
+        """The descriptor that holds it; a process that inherits it holds it too."""
+        return self._fd
+
     def touch(self) -> None:
         """Note that it is used now, by the clock that stamps the file."""
         os.utime(self._fd)

@@ -10,16 +10,17 @@ from typing import Protocol
 
 from autoeval_hooks.errors import AutoEvalError
 from eval_runner import process
-from eval_runner.results.schema import Evaluation, Instance
+from eval_runner.results.schema import Detail, Evaluation, Instance
 from eval_runner.servers.base import Endpoint
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """The scores, and every per-instance value that they were computed from."""
+    """The scores, every per-instance value that they were computed from, and what people may want to read of them."""
 
     evaluation: Evaluation
     instances: Iterable[Instance] = field(default=())
+    details: Iterable[Detail] = field(default=())
 
 
 class Parts:
@@ -52,12 +53,13 @@ class Job:
     """One checkpoint to evaluate.
 
     `path` is a verified directory in Hugging Face layout, `tokenizer` likewise; `name` is unique for
-    these weights (it holds their digest), so that no cache of any evaluator can mistake them.
-    `endpoint` is None where the evaluator loads `path` itself. Else the checkpoint is served: calling it starts the
-    ticket's one server, if it does not run yet, and says where it answers; `max_length` is how many tokens fit, and
-    `path` is of no use to an evaluator.
-    `facts` says by what the checkpoint was converted or is served: it belongs to the result's versions, and to the
-    key of every part of it.
+    these weights (it holds their digest), so that no cache of any evaluator can mistake them; `step` is the step of
+    training.
+    `endpoint` is None where nothing serves the checkpoint. Else calling it starts the ticket's one server, if it does
+    not run yet, and says where it answers. Without `loadable`, `path` is of no use to an evaluator, which must ask
+    the server; `max_length` is how many tokens fit then.
+    `facts` says by what the checkpoint was converted, `server_facts` by what it is served: they belong to the result's
+    versions, and to the key of every part of it; `server_facts` only where the evaluator asks the server.
     `work_dir` is empty, private to this attempt, and removed after it.
     `trust_remote_code` says whether code that the checkpoint brings may run; without it none does.
     `stopping` is true once the evaluation must end (the lease was lost, the ticket cancelled, the runner stops).
@@ -70,9 +72,12 @@ class Job:
     name: str
     work_dir: Path
     log: Path
+    step: int = 0
     endpoint: Callable[[], Endpoint] | None = None
+    loadable: bool = True
     max_length: int | None = None
     facts: dict[str, str] = field(default_factory=dict)
+    server_facts: dict[str, str] = field(default_factory=dict)
     trust_remote_code: bool = False
     stopping: Callable[[], bool] = lambda: False
     progress: Callable[[float, str], None] = lambda fraction, what: None
@@ -123,3 +128,7 @@ class Context:
     """The key path of the settings, for messages: ``suites.quick.evaluators[0]``."""
     config_file: str = ""
     """The file that the settings stand in, for messages."""
+    server: str = ""
+    """The type of the configured `server:`; "" where there is none."""
+    cache: Path | None = None
+    """A directory that all runners of the queue share, for what must not be asked twice; None in tests."""

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from eval_runner.results.schema import Instance, Result
-from eval_runner.results.series import Row
+from eval_runner.results.series import Row, change, comparable
 from eval_runner.results.statistics import Difference, Verdict, paired, unpaired
 from eval_runner.results.store import ResultError
 
@@ -17,7 +17,8 @@ Values = dict[tuple[str, str, str], dict[str, float]]
 
 @dataclass(frozen=True)
 class Comparison:
-    """The latest score against an earlier one. `note` says where and why the instances were not paired."""
+    """The latest score against an earlier one. `note` says where and why the instances were not paired, or the scores
+    not compared at all."""
 
     against: Row
     difference: Difference | None
@@ -27,7 +28,8 @@ class Comparison:
 
 @dataclass(frozen=True)
 class Latest:
-    """A series' latest score; `best` is the best of the earlier ones, None where no direction is known."""
+    """A series' latest score; `best` is the best of the earlier ones (by the same judge, if there are any), None where
+    no direction is known."""
 
     row: Row
     previous: Comparison | None
@@ -65,11 +67,14 @@ def _latest(group: list[Row], values: _Reader) -> Latest:
     better = last.score.higher_is_better
     best = None
     if better is not None:
-        best = (max if better else min)(earlier, key=lambda row: row.score.value)
+        alike = [row for row in earlier if comparable(row, last)]
+        best = (max if better else min)(alike or earlier, key=lambda row: row.score.value)
     return Latest(last, _compare(earlier[-1], last, values), _compare(best, last, values) if best else None)
 
 
 def _compare(old: Row, new: Row, values: _Reader) -> Comparison:
+    if not comparable(old, new):
+        return Comparison(old, None, "not tested", f"the judge changed: {change(old, new)}")
     before, after = values.of(old), values.of(new)
     difference = paired(before, after) if before and after else None
     note = ""

@@ -1,4 +1,4 @@
-"""The report: one HTML file that needs no network, made from the results on disk and nothing else."""
+"""The report: HTML files that need no network, made from the results on disk and nothing else."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from string import Template
 from typing import Any
 
 from autoeval_hooks import fsio
-from eval_runner.results import scores_csv, store
+from eval_runner.results import detail_pages, scores_csv, store
 from eval_runner.results.comparisons import latest
 from eval_runner.results.page import sections
 from eval_runner.results.page.charts import chart_data
 from eval_runner.results.page.markup import Safe, data, join
-from eval_runner.results.schema import Instance, Result
+from eval_runner.results.schema import Detail, Instance, Result
 from eval_runner.results.series import rows
 from eval_runner.results.store import Contents
 
@@ -32,7 +32,8 @@ class Generated:
 
 
 def generate(queue_root: Path, out_dir: Path, csv: Path | None = None) -> Generated:
-    """Write `out_dir/index.html` and the scores (by default `out_dir/scores.csv`) from a queue's results."""
+    """Write `out_dir/index.html`, the pages of questions that it links to, and the scores (by default
+    `out_dir/scores.csv`) from a queue's results."""
     contents = store.collect(queue_root)
     csv = csv or out_dir / "scores.csv"
     scores_csv.write(contents.results, csv)
@@ -40,29 +41,35 @@ def generate(queue_root: Path, out_dir: Path, csv: Path | None = None) -> Genera
     def instances(result: Result) -> Iterable[Instance]:
         return store.instances(store.path_of(queue_root, result))
 
-    index, problems = build(contents, out_dir, instances, csv_link=os.path.relpath(csv, out_dir))
+    def details(result: Result) -> Iterable[Detail]:
+        return store.details(store.path_of(queue_root, result))
+
+    index, problems = build(contents, out_dir, instances, details, csv_link=os.path.relpath(csv, out_dir))
     return Generated(index, csv, problems)
 
 
 def build(
-    contents: Contents, out_dir: Path, instances: Callable[[Result], Iterable[Instance]], *, csv_link: str = ""
-) -> tuple[Path, tuple[str, ...]]:
-    """Replace `out_dir/index.html`. `instances` gives a result's per-instance values, or raises ResultError.
+    contents: Contents, out_dir: Path, instances: Callable[[Result], Iterable[Instance]],
+    details: Callable[[Result], Iterable[Detail]] = lambda result: (), *, csv_link: str = "",
+) -> tuple[Path, tuple[str, ...]]:  # fmt: skip
+    """Replace `out_dir/index.html`, and add the pages of questions that are not there yet. `instances` gives a result's
+    per-instance values, `details` the texts behind them, or they raise ResultError.
 
     Returns its path and all problems, which the page lists too. The page depends on its input alone.
     """
     table = rows(contents.results)
     compared, unread = latest(table, instances)
-    problems = (*contents.problems, *unread)
+    links, torn = detail_pages.write(contents.results, out_dir, details)
+    problems = (*contents.problems, *unread, *torn)
     drawn = chart_data(table)
     parts = [sections.header(contents, table, csv_link), sections.problems(problems)]
     if table:
-        parts += [sections.latest(compared), sections.charts(drawn)]
+        parts += [sections.latest(compared, links), sections.charts(drawn)]
     else:
         parts.append(sections.nothing_yet())
     parts.append(sections.failed(contents))
     if table:
-        parts += [sections.scores(table), sections.superseded(table), sections.reading()]
+        parts += [sections.scores(table, links), sections.superseded(table, links), sections.reading()]
     path = out_dir / "index.html"
     out_dir.mkdir(parents=True, exist_ok=True)
     fsio.replace(str(path.absolute()), _page(join(*parts), drawn).encode())

@@ -14,7 +14,9 @@ VERSION = 1
 class Score:
     """One number. `stderr` is the standard error of `value`, None where it cannot be known.
 
-    `n` counts the instances that `value` was computed from; a score with none does not exist.
+    `n` counts the instances that `value` was computed from; a score with none does not exist. `low` and `high` are
+    the 95 % interval where the evaluator knows a better one than `statistics.interval` makes of the standard error;
+    either both are given or none.
     """
 
     benchmark: str
@@ -24,6 +26,8 @@ class Score:
     n: int
     stderr: float | None = None
     higher_is_better: bool | None = None
+    low: float | None = None
+    high: float | None = None
 
 
 @dataclass(frozen=True)
@@ -42,14 +46,31 @@ class Instance:
 
 
 @dataclass(frozen=True)
+class Detail:
+    """What lies behind the instances of one question, for people to read: `texts` are pairs of heading and text, such
+    as the question, the answer and the reviews. `id` is the instances'; `outcome` says in a word what came out."""
+
+    benchmark: str
+    id: str
+    category: str
+    outcome: str
+    texts: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
 class Evaluation:
-    """What one evaluator of a suite did. `versions` names the programs; `provenance` digests the files it used."""
+    """What one evaluator of a suite did. `versions` names the programs; `provenance` digests the files it used.
+
+    `usage` counts what was asked of a service that is paid for: `requests`, `cached` (answered by an earlier
+    evaluation's), `input_tokens`, `output_tokens`, and `cost_usd` where the price is known; empty without such a one.
+    """
 
     evaluator: str
     seconds: float
     scores: tuple[Score, ...] = ()
     versions: dict[str, str] = field(default_factory=dict)
     provenance: dict[str, str] = field(default_factory=dict)
+    usage: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

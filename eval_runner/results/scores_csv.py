@@ -10,14 +10,16 @@ from pathlib import Path
 from autoeval_hooks import fsio
 from eval_runner.results.schema import Result
 from eval_runner.results.series import rows
+from eval_runner.results.statistics import bounds
 
-COLUMNS = ("run", "step", "suite", "benchmark", "metric", "split", "value", "stderr", "n")
+COLUMNS = ("run", "step", "suite", "benchmark", "metric", "split", "value", "stderr", "n", "low", "high")
 
 
 def write(results: Iterable[Result], path: Path) -> None:
     """Replace the file `path` by one row for each score of the ok results, numbers with full precision.
 
-    `stderr` is empty where it is unknown. `eval_runner.results.series` says what a name with an ``@`` means.
+    `stderr` is empty where it is unknown; so are `low` and `high`, the ends of the 95 % interval
+    (`statistics.bounds`). `eval_runner.results.series` says what a name with an ``@`` means.
     """
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
@@ -25,6 +27,9 @@ def write(results: Iterable[Result], path: Path) -> None:
     for row in rows(results):
         s = row.score
         error = "" if s.stderr is None else repr(s.stderr)
-        table.writerow((row.run, row.result.step, row.suite, s.benchmark, s.metric, s.split, repr(s.value), error, s.n))
+        low, high = ("", "") if (ends := bounds(s)) is None else map(repr, ends)
+        table.writerow(
+            (row.run, row.result.step, row.suite, s.benchmark, s.metric, s.split, repr(s.value), error, s.n, low, high)
+        )
     path.parent.mkdir(parents=True, exist_ok=True)
     fsio.replace(str(path.absolute()), text.getvalue().encode())

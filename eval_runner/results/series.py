@@ -11,11 +11,15 @@ earlier checkpoint are called ``run@5e6f7a8b`` after that checkpoint's digest.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from eval_runner.results.schema import Result, Score
+
+ANCHORS = "judge_anchors"
+"""How the name of a benchmark of frozen answers ends. Each judge judges them anew: what moves there is the judge."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,33 @@ def definition(result: Result) -> str:
     if not files:
         return result.suite_digest
     return hashlib.sha256(" ".join([result.suite_digest, *files]).encode()).hexdigest()
+
+
+def judge(row: Row) -> str:
+    """The model that judged the answers behind a score, as it reported itself; "" where none did."""
+    return next((e.versions.get("judge", "") for e in row.result.evaluations if row.score in e.scores), "")
+
+
+def judge_changes(table: Sequence[Row]) -> dict[tuple[str, tuple[str, str, str, str], int], str]:
+    """Where a series has another judge than at the checkpoint before: ``A → B`` by run, key and step.
+
+    `table` is sorted as `rows` does. Scores by two judges are no line: what moved may be the judge.
+    """
+    changes = {}
+    for old, new in itertools.pairwise(row for row in table if not row.superseded):
+        if (old.run, old.key) == (new.run, new.key) and judge(old) != judge(new):
+            changes[new.run, new.key, new.result.step] = change(old, new)
+    return changes
+
+
+def comparable(old: Row, new: Row) -> bool:
+    """Whether what lies between two scores of a series may be told of the checkpoints, or, of anchors, of the judge."""
+    return judge(old) == judge(new) or new.score.benchmark.endswith(f".{ANCHORS}")
+
+
+def change(old: Row, new: Row) -> str:
+    """``A → B`` for the judges of two scores."""
+    return f"{judge(old) or 'none'} → {judge(new) or 'none'}"
 
 
 def run_names(results: Sequence[Result]) -> dict[str, str]:

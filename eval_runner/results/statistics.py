@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from eval_runner.results.schema import Score
+
 Z95 = 1.959963984540054
 """The standard normal distribution's 97.5 % quantile."""
 
@@ -76,6 +78,13 @@ def interval(value: float, stderr: float | None, n: int) -> tuple[float, float] 
         if math.isclose(stderr**2, largest, rel_tol=1e-9, abs_tol=1e-15):
             return wilson(value, n)
     return value - Z95 * stderr, value + Z95 * stderr
+
+
+def bounds(score: Score) -> tuple[float, float] | None:
+    """The 95 % interval of a score: the evaluator's own, else `interval` of its standard error."""
+    if score.low is not None and score.high is not None:
+        return score.low, score.high
+    return interval(score.value, score.stderr, score.n)
 
 
 def wilson(proportion: float, n: int) -> tuple[float, float]:

@@ -2,6 +2,7 @@
 
     results/ID~gN~RUNNER/result.json           one attempt's record: strict JSON, one `Result`
     results/ID~gN~RUNNER/instances.jsonl.gz    its per-instance values, one `Instance` a line
+    results/ID~gN~RUNNER/details.jsonl.gz      what people may want to read of it, one `Detail` a line, if anything
 
 A directory appears whole or not at all, and is never changed. It counts only while a token in `done/` (or,
 for a failure's reason, in `failed/`) names it: what a runner wrote after it lost its lease is garbage.
@@ -11,48 +12,40 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import gzip
-import io
 import json
 import math
 import os
 import re
-import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from autoeval_hooks import fsio, strict
-from autoeval_hooks.errors import AutoEvalError, CheckpointError, ConfigError, QueueError, TicketError
+from autoeval_hooks.errors import CheckpointError, ConfigError, QueueError, TicketError
 from autoeval_hooks.fsio import FileOps
 from autoeval_hooks.queue import Queue, Token
 from eval_runner import secrets
-from eval_runner.results.schema import VERSION, Failure, Instance, Result, Score
+from eval_runner.results.lines import DETAILS as DETAILS
+from eval_runner.results.lines import INSTANCES as INSTANCES
+from eval_runner.results.lines import ResultError as ResultError
+from eval_runner.results.lines import details as details
+from eval_runner.results.lines import dump_details, dump_instances, plain, title
+from eval_runner.results.lines import instances as instances
+from eval_runner.results.schema import VERSION, Detail, Failure, Instance, Result
 
 RECORD = "result.json"
-INSTANCES = "instances.jsonl.gz"
 MAX_RECORD_BYTES = 16 << 20
-MAX_LINE_BYTES = 1 << 20
-MAX_INSTANCES_BYTES = 1 << 30
-"""Unpacked: some ten million values. A few kilobytes of gzip can stand for gigabytes."""
-
 
 UNCOMMITTED = "it was evaluated, and the file system failed before the result was committed"
 """Why a ticket failed whose last attempt left scores."""
-
-
-class ResultError(AutoEvalError, ValueError):
-    """A record on disk that is missing, torn, or written by a newer version."""
-
-    kind = "configuration"
 
 
 # ---------------------------------------------------------------------- writing
 
 
 def write(
-    queue_root: Path, name: str, result: Result, instances: Iterable[Instance], *, ops: FileOps | None = None,
-    folder: str = "results",
+    queue_root: Path, name: str, result: Result, instances: Iterable[Instance], *, details: Iterable[Detail] = (),
+    ops: FileOps | None = None, folder: str = "results",
 ) -> Path:  # fmt: skip
     """Publish a result durably as `results/<name>` and return that path; `folder` is another of the queue's.
 
@@ -61,14 +54,16 @@ def write(
     system fails; nothing is published then.
     """
     ops = ops or FileOps()
-    record, lines = _dump(result), _dump_instances(instances)
+    files = {RECORD: _dump(result), INSTANCES: dump_instances(instances)}
+    if explained := list(details):
+        files[DETAILS] = dump_details(explained)
     tmp = str(queue_root / "tmp" / f"result-{name}~{fsio.unique()}")
     final = queue_root / folder / name
     with contextlib.suppress(FileExistsError):      # the name is ours alone: done, and the reply was lost
         ops.mkdir(tmp)
     try:
-        fsio.write_new(ops, os.path.join(tmp, RECORD), record)
-        fsio.write_new(ops, os.path.join(tmp, INSTANCES), lines)
+        for file, content in files.items():
+            fsio.write_new(ops, os.path.join(tmp, file), content)
         ops.sync_dir(tmp)
         _publish(ops, tmp, str(final))
     except BaseException:
@@ -93,8 +88,8 @@ def _dump(result: Result) -> bytes:
     """The record's text, checked by reading it back: what is published can be read."""
     _check_scores(result)
     if result.failure is not None:
-        message = secrets.masked(_plain(result.failure.message))
-        clean = replace(result.failure, message=message, log=_plain(result.failure.log))
+        message = secrets.masked(plain(result.failure.message))
+        clean = replace(result.failure, message=message, log=plain(result.failure.log))
         result = replace(result, failure=clean)
     text = json.dumps(asdict(result), allow_nan=False, indent=1).encode() + b"\n"
     _load(text, f"result of ticket {result.ticket}")
@@ -104,41 +99,22 @@ def _dump(result: Result) -> bytes:
 def _check_scores(result: Result) -> None:
     seen = set()
     for evaluation in result.evaluations:
+        for what, used in evaluation.usage.items():
+            if not math.isfinite(used):
+                raise ResultError(f"evaluator {evaluation.evaluator}: its usage {what!r} is {used}")
         for s in evaluation.scores:
-            for what, number in (("value", s.value), ("stderr", s.stderr)):
+            for what, number in (("value", s.value), ("stderr", s.stderr), ("low", s.low), ("high", s.high)):
                 if number is not None and not math.isfinite(number):
                     raise CheckpointError(
-                        f"score {_title(s)}: its {what} is {number}, which is no number; the model may have diverged,"
+                        f"score {title(s)}: its {what} is {number}, which is no number; the model may have diverged,"
                         f" see the log of evaluator {evaluation.evaluator}"
                     )
             if (key := (s.benchmark, s.metric, s.split)) in seen:
                 raise ConfigError(
-                    f"suite {result.suite}: score {_title(s)} is given twice;"
+                    f"suite {result.suite}: score {title(s)} is given twice;"
                     " take the benchmark out of one of its evaluators"
                 )
             seen.add(key)
-
-
-def _dump_instances(instances: Iterable[Instance]) -> bytes:
-    buffer = io.BytesIO()
-    with gzip.GzipFile(fileobj=buffer, mode="wb", mtime=0, compresslevel=6) as file:
-        for i in instances:
-            if not math.isfinite(i.value):
-                raise CheckpointError(f"instance {i.id!r} of {_title(i)}: its value is {i.value}, which is no number")
-            data = asdict(i) | {"value": float(i.value)}
-            line = json.dumps(data, allow_nan=False, separators=(",", ":")).encode()
-            _instance(line, f"instance {i.id!r} of {_title(i)}")
-            file.write(line + b"\n")
-    return buffer.getvalue()
-
-
-def _plain(text: str) -> str:
-    """Text that any file can hold: a log's bytes that are no text, and NULs, are shown as replaced."""
-    return text.encode("utf-8", "replace").decode().replace("\0", "\N{REPLACEMENT CHARACTER}")
-
-
-def _title(s: Score | Instance) -> str:
-    return f"{s.benchmark}/{s.metric} ({s.split})"
 
 
 # ---------------------------------------------------------------------- reading
@@ -171,12 +147,15 @@ def _problem(result: Result) -> str:
     """How a well-formed record contradicts itself, or ""."""
     scores = [s for e in result.evaluations for s in e.scores]
     wrong = [s for s in scores if s.n < 1 or (s.stderr or 0) < 0]
+    inside_out = [s for s in scores if (s.low is None) != (s.high is None) or (s.low or 0) > (s.high or 0)]
     rules = {
         f"version {result.version} is not {VERSION}": result.version != VERSION,
         "an ok result without a score": result.status == "ok" and not scores,
         "a failed result without its failure": result.status == "failed" and result.failure is None,
         "a refiled result that does not say as what": result.status == "refiled" and not result.refiled_as,
-        f"score {wrong and _title(wrong[0])} has no instances or a negative error": bool(wrong),
+        f"score {wrong and title(wrong[0])} has no instances or a negative error": bool(wrong),
+        f"score {inside_out and title(inside_out[0])} has half an interval, or one inside out": bool(inside_out),
+        "a usage that is negative": any(used < 0 for e in result.evaluations for used in e.usage.values()),
         "a time that is none": not all(0 <= t < 1e11 for t in (result.saved_at, result.started_at, result.finished_at)),
         "a negative step, generation or token count": min(result.step, result.generation, result.tokens or 0) < 0,
     }
@@ -186,40 +165,6 @@ def _problem(result: Result) -> str:
 def path_of(queue_root: Path, result: Result) -> Path:
     """The directory that holds `result`."""
     return queue_root / "results" / f"{result.ticket}~g{result.generation}~{result.runner}"
-
-
-def instances(path: Path) -> Iterator[Instance]:
-    """The per-instance values of the result directory `path`. Raises ResultError that names the file and line."""
-    file = path / INSTANCES
-    number = size = 0
-    try:
-        fd = os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-        with open(fd, "rb") as packed, gzip.open(packed, "rb") as lines:
-            if os.fstat(fd).st_size == 0:       # which gzip takes for a file that holds nothing
-                raise EOFError("it is empty")
-            while line := lines.readline(MAX_LINE_BYTES):
-                number += 1
-                size += len(line)
-                if size > MAX_INSTANCES_BYTES:
-                    raise EOFError(f"it holds more than {MAX_INSTANCES_BYTES >> 20} MiB")
-                yield _instance(line, f"{file}: line {number}")
-    except (OSError, EOFError, zlib.error) as error:
-        raise ResultError(f"{file}: cannot be read after line {number} ({error}); it is torn or missing") from error
-
-
-_FIELDS = {"benchmark": str, "metric": str, "split": str, "id": str, "value": float}
-
-
-def _instance(line: bytes, where: str) -> Instance:
-    """As `strict.parse` would, at a tenth of its time: a report reads hundreds of thousands of these."""
-    try:
-        data = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ResultError(f"{where}: not valid JSON ({error})") from error
-    fits = isinstance(data, dict) and {k: type(v) for k, v in data.items()} == _FIELDS
-    if not fits or not math.isfinite(data["value"]):
-        raise ResultError(f"{where}: not a per-instance value")
-    return Instance(**data)
 
 
 # ---------------------------------------------------------------------- what counts

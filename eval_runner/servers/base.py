@@ -19,12 +19,14 @@ class Endpoint:
     """Where a served checkpoint answers. `url` is without a slash at its end.
 
     `api` is ``megatron`` (Megatron-LM's static server: `PUT /api`, `POST /completions`) or ``openai``
-    (`POST /v1/completions` below `url`, with `model` as the model's name).
+    (`POST /v1/completions` below `url`, with `model` as the model's name; it answers with the same name).
+    `api_key_env` is the variable of the environment that holds its key, None where it asks for none.
     """
 
     url: str
     api: Literal["megatron", "openai"]
     model: str
+    api_key_env: str | None = None
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,7 @@ class Serving:
 
     `work_dir` is empty, private to this server, and removed after it; `log` takes what the server writes.
     `stopping` is true once the server must end; `limits` as in `evaluators.base.Job`, but without a timeout.
+    `trust_remote_code` says whether code that the checkpoint brings may run.
     """
 
     checkpoint: Servable
@@ -42,6 +45,7 @@ class Serving:
     log: Path
     stopping: Callable[[], bool]
     limits: Limits
+    trust_remote_code: bool = False
 
 
 class Running(Protocol):
@@ -51,7 +55,7 @@ class Running(Protocol):
 
     def failure(self, wait: float = 0.0) -> AutoEvalError | None:
         """Why it answers no more, though nobody ended it; None while it does. Answers at once; where the server looks
-        as if it were ending, up to `wait` seconds are taken to know."""
+        as if it were ending, or only the server itself can tell, up to `wait` seconds are taken to know."""
 
     def close(self) -> None:
         """End it, with all that it started. It may be called again."""

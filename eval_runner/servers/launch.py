@@ -54,7 +54,7 @@ class Probe:
 class Recipe:
     """How a server is started. `name` is for messages. `command` makes the arguments of `ports` free ports, the first
     of which is to answer; `timeout` is what the server may take until then, in seconds, and `remedy` what to do where
-    that is too little."""
+    that is too little. `keep` are descriptors that stay open until nothing of the server is left."""
 
     name: str
     command: Callable[[Sequence[int]], list[str]]
@@ -64,6 +64,7 @@ class Recipe:
     api: Callable[[str], Endpoint]
     timeout: float
     remedy: str
+    keep: tuple[int, ...] = ()
 
 
 class _Taken(AutoEvalError):
@@ -147,7 +148,7 @@ class Process:
             status = process.run(
                 self._argv, log=self._serving.log, env=self._recipe.env, cwd=self._serving.work_dir,
                 stopping=lambda: self._closing.is_set() or stopping(), grace=limits.grace, silence=limits.silence,
-                on_tick=self._watch, on_start=self._started,
+                on_tick=self._watch, on_start=self._started, keep=self._recipe.keep,
             )  # fmt: skip
             self._why = self._reason(status)
         except process.Stopped:

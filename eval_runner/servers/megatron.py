@@ -6,9 +6,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
-import subprocess
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -17,9 +14,10 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from autoeval_hooks.errors import CheckpointError, ConfigError
 from autoeval_hooks.strict import build
-from eval_runner.servers import launch
+from eval_runner.servers import interpreter, launch
 from eval_runner.servers import megatron_arguments as arguments
 from eval_runner.servers.base import Endpoint, Serving
+from eval_runner.servers.megatron_checkout import commit, number, version
 
 if TYPE_CHECKING:
     from autoeval_hooks.manifest import MegatronRecord
@@ -32,18 +30,20 @@ SCRIPTS: dict[Mode, str] = {
     "static": "tools/run_text_generation_server.py", "dynamic": "tools/run_dynamic_text_generation_server.py",
 }  # fmt: skip
 MODULES: dict[Mode, tuple[str, ...]] = {
-    "static": ("torch", "flask", "flask_restful"), "dynamic": ("torch", "hypercorn", "quart"),
+    "static": ("torch", "flask", "flask_restful"),
+    "dynamic": ("torch", "hypercorn", "quart", "zmq", "msgpack", "flash_attn"),
 }  # fmt: skip
-"""What the scripts import that Megatron-LM does not always bring along."""
-PACKAGE = "megatron/core/package_info.py"
+"""What the scripts need that Megatron-LM does not always bring along. Without the last three it loads the model first
+and ends then, or at the first request."""
+FLASH_3 = ("flash_attn_3", "flashattn_hopper")
+"""FlashAttention 3, under both of its names: one of them does as well as `flash_attn`."""
+PIP = {"flask_restful": "flask-restful", "zmq": "pyzmq", "flash_attn": "flash-attn"}
+"""What pip calls them, where the names differ."""
 DYNAMIC_SINCE = (0, 17)
-"""Where no mode is given, the static server serves with Megatron-LM before this version."""
+"""From this version on the static server ends at its start (`inference_max_sequence_length`), as of 0.20."""
 PROMPT = "0"
 """A token for every tokenizer, Megatron's NullTokenizer included, which reads numbers."""
-LOOK_S = 60.0
 
-_VERSION = re.compile(r"^(MAJOR|MINOR|PATCH)\s*=\s*(\d+)\s*$", re.MULTILINE)
-_FIRST = re.compile(r"\s*(\d+)\.(\d+)")
 _RANK = re.compile(r"mp_rank_\d{2,}")
 
 
@@ -72,10 +72,8 @@ class MegatronServer:
         self._settings = s = _parse(settings, context.where, self._where)
         self._checkout = _located(context.base_dir, s.checkout)
         self._given_script = _located(context.base_dir, s.script) if s.script else None
-        self._python = Path(sys.executable)
-        if s.python:
-            named = Path(shutil.which(s.python) or s.python)
-            self._python = named if "/" not in s.python else _located(context.base_dir, s.python)
+        self._python = interpreter.find(s.python, context.base_dir)
+        self._seen: tuple[interpreter.Found, str] | None = None      # what the last `check` was told, and the commit
 
     def check(self) -> None:
         """Raise ConfigError unless checkout, script and interpreter are there, with what the script imports."""
@@ -86,23 +84,26 @@ class MegatronServer:
                 f"{self._where}.{key}: {self._script}: no such file; Megatron-LM has the static server in every "
                 "checkout and the dynamic one since 0.16"
             )
-        if not (self._python.is_file() and os.access(self._python, os.X_OK)):
-            raise ConfigError(f"{self._where}.python: {self._python}: no such program; name a Python interpreter")
-        if missing := self._missing():
+        self._seen = self._look()
+        missing = set(self._seen[0].missing)
+        lacking = [n for n in self._wanted if n in missing and not (n == "flash_attn" and set(FLASH_3) - missing)]
+        if lacking:
             raise ConfigError(
-                f"{self._where}.python: {self._python} has no {', '.join(missing)}, which the server needs; install "
-                f"{'it' if len(missing) == 1 else 'them'} there, or name the interpreter that Megatron-LM runs with"
+                f"{self._where}.python: {self._python} has no {', '.join(lacking)}, which the server needs; "
+                f"`pip install {' '.join(PIP.get(name, name) for name in lacking)}` there, or name the interpreter "
+                "that Megatron-LM runs with"
             )
 
     def serves(self, checkpoint: Servable) -> bool:
         return checkpoint.megatron is not None
 
     def facts(self, checkpoint: Servable) -> dict[str, str]:
-        """Versions and settings. Raises ConfigError for a checkpoint of a newer Megatron, or of another layout."""
+        """Versions and settings; torch and the commit as the last `check` found them. Raises ConfigError for a
+        checkpoint of a newer Megatron, or of another layout."""
         record = _record(checkpoint)
         tensor, pipeline = self._parallel(checkpoint, record)
         ours = version(self._checkout, self._where)
-        if record.version and _number(ours) < _number(record.version):
+        if record.version and number(ours) < number(record.version):
             raise ConfigError(
                 f"{self._where}.checkout: {self._checkout} is Megatron {ours}, and the checkpoint was saved by "
                 f"{record.version}; serve with the trainer's Megatron or newer"
@@ -111,6 +112,10 @@ class MegatronServer:
             "server": f"megatron {self._mode}", "megatron": ours, "tensor_parallel": str(tensor),
             "pipeline_parallel": str(pipeline),
         }  # fmt: skip
+        if self._seen is None:
+            self._seen = self._look()
+        torch, head = self._seen[0].versions["torch"], self._seen[1]
+        found |= {name: said for name, said in (("torch", torch), ("megatron commit", head)) if said}
         if self._settings.arguments or self._settings.script:       # both can change what is answered
             content = self._script.read_bytes() if self._settings.script and self._script.is_file() else b""
             told = json.dumps([self._settings.arguments, hashlib.sha256(content).hexdigest() if content else ""])
@@ -138,10 +143,16 @@ class MegatronServer:
 
     @property
     def _mode(self) -> Mode:
-        """The static server of 0.17 and later ends at its start (`inference_max_sequence_length`), as of 0.20."""
-        if self._settings.mode:
-            return self._settings.mode
-        return "dynamic" if _number(version(self._checkout, self._where)) >= DYNAMIC_SINCE else "static"
+        """Raises ConfigError where the checkout has no server of the mode that the settings name."""
+        ours = version(self._checkout, self._where)
+        works: Mode = "dynamic" if number(ours) >= DYNAMIC_SINCE else "static"
+        if self._settings.mode == "static" and works == "dynamic" and not self._settings.script:
+            raise ConfigError(
+                f"{self._where}.mode: the static server of Megatron-LM 0.17 and later does not start, and "
+                f"{self._checkout} is {ours}; remove the key, which means dynamic there, or name a static server that "
+                "starts as `script`"
+            )
+        return self._settings.mode or works
 
     @property
     def _script(self) -> Path:
@@ -192,49 +203,24 @@ class MegatronServer:
                 argv += ["--host", "127.0.0.1"]     # since 0.18; without it, any host could ask
         return [*argv, *self._settings.arguments]
 
-    def _missing(self) -> list[str]:
-        """The modules that the interpreter does not find. Those of a script of the user's own are not known."""
-        wanted = ("torch",) if self._settings.script else MODULES[self._mode]
-        code = "import importlib.util as u, sys; print(*(m for m in sys.argv[1:] if u.find_spec(m) is None))"
-        try:
-            done = subprocess.run(
-                [self._python, "-c", code, *wanted], capture_output=True, text=True, timeout=LOOK_S,
-                env=_environment(self._checkout), cwd="/",
-            )  # fmt: skip
-        except (OSError, subprocess.TimeoutExpired) as error:
-            raise ConfigError(f"{self._where}.python: {self._python}: cannot be run ({error})") from error
-        if done.returncode:
-            said = (done.stderr.split("\n")[-2:] or [""])[0]
-            raise ConfigError(f"{self._where}.python: {self._python}: is no Python that works: {said[:200]}")
-        return done.stdout.split()
+    @property
+    def _wanted(self) -> tuple[str, ...]:
+        """The modules that the script needs. Those of a script of the user's own are not known."""
+        if self._settings.script:
+            return ("torch",)
+        early = number(version(self._checkout, self._where)) < DYNAMIC_SINCE     # 0.16 has its dynamic server on flask
+        return tuple("flask" if name == "quart" and early else name for name in MODULES[self._mode])
+
+    def _look(self) -> tuple[interpreter.Found, str]:
+        """Ask the interpreter, and git. Raises ConfigError unless it is a Python that works."""
+        env, where = _environment(self._checkout), f"{self._where}.python"
+        return interpreter.ask(self._python, [*self._wanted, *FLASH_3], ["torch"], env, where), commit(self._checkout)
 
 
 _STATIC = launch.Probe(
     "PUT", "/api", json.dumps({"prompts": [PROMPT], "tokens_to_generate": 1, "top_k": 1}),
     good=lambda body: body.lstrip().startswith(b"{"),       # what it refuses, it answers with a text and status 200
 )  # fmt: skip
-
-
-def version(checkout: Path, where: str) -> str:
-    """The version of the Megatron-LM in `checkout`, read and not imported. Raises ConfigError where there is none."""
-    if not checkout.is_dir():
-        raise ConfigError(f"{where}.checkout: {checkout}: no such directory; name the checkout of Megatron-LM")
-    try:
-        text = (checkout / PACKAGE).read_text(encoding="utf-8", errors="replace")
-    except OSError as error:
-        raise ConfigError(
-            f"{where}.checkout: {checkout} has no {PACKAGE} ({error.strerror}), so it is no checkout of Megatron-LM"
-        ) from error
-    found = dict(_VERSION.findall(text))
-    if len(found) < 3:
-        raise ConfigError(f"{where}.checkout: {checkout / PACKAGE} does not say which version it is")
-    return f"{found['MAJOR']}.{found['MINOR']}.{found['PATCH']}"
-
-
-def _number(text: str) -> tuple[int, int]:
-    """For comparing; patch releases read each other's checkpoints. A version that is none is older than any."""
-    found = _FIRST.match(text)
-    return (int(found[1]), int(found[2])) if found else (-1, -1)
 
 
 def _parse(data: dict[str, Any], key: str, where: str) -> Settings:

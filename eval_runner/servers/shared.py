@@ -12,7 +12,7 @@ from eval_runner.process import Stopped
 from eval_runner.servers.base import Endpoint, Running, Server, Serving
 
 SETTLE_S = 10.0
-"""Seconds that are taken, after an evaluator failed, to know whether its server is dying."""
+"""Seconds that are taken, after an evaluator, to know whether its server is dying, or is another by now."""
 
 log = logging.getLogger("autoeval")
 
@@ -64,7 +64,7 @@ class Shared:
                 raise error if isinstance(error, Stopped) else Stopped(f"was told to stop ({error})") from error
             self._raise_failure(SETTLE_S, error)
             raise
-        self._raise_failure(0.0, None)
+        self._raise_failure(SETTLE_S, None)
 
     def _raise_failure(self, wait: float, cause: Exception | None) -> None:
         failure = self._failed or (self._running.failure(wait) if self._running else None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,11 +12,15 @@ from autoeval_hooks.fsio import FileOps
 from autoeval_hooks.relay_files import VERSION, Point
 from eval_runner.results.schema import Result
 
+OF_POINT = frozenset({"bench/lag_s", "bench/eval_s", "bench/cost_usd"})
+"""What is of the point as a whole and of no score, so that two points of a step may both have it."""
+
 
 def point(result: Result) -> Point:
     """What a tracker is given for one ok result: ``bench/<suite>/<benchmark>/<metric>`` and, with it, ``…/stderr`` and
-    ``…/n``; ``bench/lag_s`` and ``bench/eval_s`` in seconds. Where a benchmark has the same metric on two splits, the
-    split joins the name."""
+    ``…/n``; ``bench/lag_s`` and ``bench/eval_s`` in seconds; ``bench/cost_usd``, what its evaluations paid, where the
+    price of one is known. Where a benchmark has the same metric on two splits, the split joins the name. Intervals
+    stay in the results: they would be two more keys for each score."""
     names: dict[str, list[str]] = {}
     for s in result.scores:
         names.setdefault(f"{s.benchmark}/{s.metric}", []).append(s.split)
@@ -31,6 +36,8 @@ def point(result: Result) -> Point:
             metrics[f"{key}/stderr"] = s.stderr
     metrics["bench/lag_s"] = result.lag_s
     metrics["bench/eval_s"] = result.eval_s
+    if costs := [e.usage["cost_usd"] for e in result.evaluations if "cost_usd" in e.usage]:
+        metrics["bench/cost_usd"] = math.fsum(costs)
     tokens = None if result.tokens is None else result.tokens / 1e9
     return Point(VERSION, ticket=result.ticket, step=result.step, tokens=tokens, metrics=metrics)
 

@@ -16,9 +16,9 @@ from autoeval_hooks import relay_files as files
 from autoeval_hooks.errors import AutoEvalError
 from autoeval_hooks.relay_files import AXIS, Point
 from eval_runner.results.schema import Result
-from eval_runner.sinks.base import Standing, State, point
+from eval_runner.sinks.base import OF_POINT, Standing, State, point
 from eval_runner.sinks.wandb_cases import Seen
-from eval_runner.sinks.wandb_reader import PROBE, STEP, Held, Row, equal, holds, keys
+from eval_runner.sinks.wandb_reader import STEP, Held, Row, equal, holds, keys
 
 if TYPE_CHECKING:
     from eval_runner.sinks.wandb import WandbSink
@@ -92,7 +92,7 @@ def _stands(
     if why := sink.children.cannot_tell(seen, held):
         return "unclear", why
     for row in free:
-        scores = [key for key in p.metrics if key in row and key not in (PROBE, "bench/eval_s")]
+        scores = [key for key in p.metrics if key in row and key not in OF_POINT]
         if row[AXIS] == p.step and scores:
             free.remove(row)
             return "different", _other(row, p)

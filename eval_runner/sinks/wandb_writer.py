@@ -118,7 +118,7 @@ def _deliver(request: Request, lease: Lease, missing: list[Point]) -> list[Point
         return []
     end = clock() + request.patience
     # As long as the lease is ours, nobody else looks, and takes what does not show yet for lost.
-    while len(present := _present(request, taken)) < len(taken) and not request.look.offline and clock() < end:
+    while len(present := _present(request, taken)) < len(taken) and clock() < end:
         time.sleep(AGAIN_S)
     _settle(request, [point for point in taken if point.ticket in present])
     _check_alone(request, lease)

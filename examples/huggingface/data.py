@@ -6,6 +6,8 @@ Writes, into one directory:
 ``train.npy``           the training files' tokens, one after the other
 ``held_out.jsonl``      excerpts of files that training never sees, for bits per byte
 ``next_line.jsonl``     multiple choice from the same files: which of four lines really comes next
+``questions.jsonl``     some of these as questions for the GPT judge: code, and the line that really follows
+``baseline.jsonl``      an answer to each, to be compared with: a line from elsewhere in the same files
 
 A file is held out by the digest of its content, so the split is the same in any order and on any machine with
 the same Python.
@@ -19,8 +21,9 @@ import json
 import random
 import sys
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tokenizers import ByteLevelBPETokenizer
@@ -92,6 +95,8 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> np.ndarray:
     return np.array(tokens, dtype=np.uint16)
 
 
+JUDGED = 40
+"""Questions for the judge, at most."""
 TRIES = 100
 """For each excerpt or question that is wanted; most need a few."""
 
@@ -160,6 +165,19 @@ def questions(texts: list[str], seen: str, count: int, context: int = 10) -> Ite
     enough(number, count, "questions")
 
 
+def for_judge(questions: list[Any]) -> tuple[list[dict[str, object]], list[dict[str, object]]]:
+    """The multiple choice questions as open ones, and the first wrong line of each as the baseline's answer."""
+    open_ones: list[dict[str, object]] = []
+    baseline: list[dict[str, object]] = []
+    for number, question in enumerate(questions):
+        lines = [(r["output"]["text"], bool(r["tags"])) for r in question["references"]]
+        right, wrong = (next(text for text, correct in lines if correct is what) for what in (True, False))
+        text = question["input"]["text"]
+        open_ones.append({"question_id": number, "text": text, "category": "code", "reference": right})
+        baseline.append({"question_id": number, "model_id": "a line from elsewhere", "text": wrong})
+    return open_ones, baseline
+
+
 def enough(found: int, count: int, what: str) -> None:
     """End the program unless as many were found as were wanted."""
     if found < count:
@@ -176,7 +194,7 @@ def is_answer(line: str) -> bool:
     return indentation(line) in (4, 8, 12) and 12 <= len(text) <= 70 and not text.startswith("#")
 
 
-def write_lines(path: Path, records: Iterator[dict[str, object]]) -> None:
+def write_lines(path: Path, records: Iterable[dict[str, object]]) -> None:
     path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
 
 
@@ -195,7 +213,11 @@ def main() -> None:
     np.save(args.out / "train.npy", tokens)
     seen = "\0".join(train)      # some sources hold copies of parts of others
     write_lines(args.out / "held_out.jsonl", excerpts(tokenizer, held_out, seen, args.excerpts))
-    write_lines(args.out / "next_line.jsonl", questions(held_out, seen, args.questions))
+    choices = list(questions(held_out, seen, args.questions))
+    write_lines(args.out / "next_line.jsonl", choices)
+    open_ones, baseline = for_judge(choices[:JUDGED])
+    write_lines(args.out / "questions.jsonl", open_ones)
+    write_lines(args.out / "baseline.jsonl", baseline)
     size = sum(len(text.encode()) for text in train)
     print(
         f"{args.out}: {len(train)} files to train on ({size / 1e6:.1f} MB, {len(tokens) / 1e6:.2f} M tokens), "

@@ -9,10 +9,12 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 from pathlib import Path
 from types import ModuleType
 
 HERE = Path(__file__).parent
+OUT = HERE / os.environ.get("EXAMPLE_OUT", "out")     # as in train.sh and autoeval.yaml
 
 
 def text_of_the_other_example() -> ModuleType:
@@ -26,7 +28,7 @@ def text_of_the_other_example() -> ModuleType:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Prepare the example's data.")
-    parser.add_argument("--out", type=Path, default=HERE / "out/data", help="the directory to write")
+    parser.add_argument("--out", type=Path, default=OUT / "data", help="the directory to write")
     parser.add_argument("--excerpts", type=int, default=100, help="how many excerpts for bits per byte")
     args = parser.parse_args()
 

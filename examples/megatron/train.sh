@@ -26,7 +26,7 @@ training=(
     --weight-decay 0.1 --adam-beta2 0.95 --clip-grad 1.0 --bf16 --use-distributed-optimizer
 )
 data=(
-    --data-path "$OUT/data/train_text_document" --split 100,0,0 --eval-iters 0
+    --data-path "$OUT/data/train_text_document" --split 100,0,0 --eval-iters 0 --eval-interval 1000
     --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$OUT/data/tokenizer"
 )
 saving=(

@@ -60,7 +60,8 @@ def _job(base: Path, name: str, url: str, api: str) -> Job:
     work.mkdir(parents=True)
     return Job(
         base / "iter_0000010", served.TOKENIZER, name, work, base / f"{name}.log", max_length=LENGTH,
-        endpoint=lambda: Endpoint(url, api, name), facts={"server": "stand-in"},  # type: ignore[arg-type]
+        endpoint=lambda: Endpoint(url, api, name), loadable=False,  # type: ignore[arg-type]
+        server_facts={"server": "stand-in"},
     )  # fmt: skip
 
 

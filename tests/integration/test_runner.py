@@ -20,8 +20,10 @@ from autoeval_hooks.errors import AutoEvalError, CheckpointError
 from autoeval_hooks.queue import Queue
 from eval_runner import config as configs
 from eval_runner.cli import cli
+from eval_runner.evaluators.base import Job, Outcome
 from eval_runner.progress import Progress
 from eval_runner.results import store
+from eval_runner.results.schema import Detail
 from eval_runner.runner import REFILES, Runner
 from tests.stand_ins import Shown, StandIn
 
@@ -51,6 +53,20 @@ def test_from_save_to_result(tmp_path: Path, checkpoint: MakeCheckpoint, config_
     assert [i.value for i in store.instances(store.path_of(tmp_path / "queue", first))] == [float(first.step)]
     run(StandIn(faults=[AssertionError("evaluated twice")]), sink=sink)
     assert len(sink.results) == 2
+
+
+def test_what_people_may_want_to_read_is_kept(
+    tmp_path: Path, checkpoint: MakeCheckpoint, config_file: Path, run: Run
+) -> None:
+    class Explained(StandIn):
+        def evaluate(self, job: Job) -> Outcome:
+            return replace(super().evaluate(job), details=iter([detail]))
+
+    detail = Detail("length", "0", "bytes", "win", (("Question", "How long?"),))
+    submit(checkpoint(100), step=100, config=config_file)
+    run(Explained())
+    (found,) = store.collect(tmp_path / "queue").results
+    assert list(store.details(store.path_of(tmp_path / "queue", found))) == [detail]
 
 
 def test_a_failed_evaluation_has_no_score_anywhere(

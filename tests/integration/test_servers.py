@@ -270,7 +270,7 @@ class Asker:
             self.during(job, endpoint)
         score = Score(self.name, "em", "test", 1.0, n=1)
         values = [Instance(self.name, "em", "test", "0", 1.0)]
-        return Outcome(Evaluation("asker", 0.1, (score,), versions=dict(job.facts)), values)
+        return Outcome(Evaluation("asker", 0.1, (score,), versions=job.facts | job.server_facts), values)
 
 
 CONFIG = """
@@ -370,7 +370,8 @@ def test_one_server_is_started_for_all_evaluators_of_a_ticket(site: Site) -> Non
     ]  # fmt: skip
     assert site.log.name.startswith(next(iter(os.listdir(site.queue / "results"))).partition(".")[0])
     (job,) = first.jobs
-    assert job.facts["server"] == "megatron static"
+    assert job.server_facts["server"] == "megatron static"
+    assert (job.loadable, job.step, job.facts) == (False, 10, {})
     assert result(site).evaluations[0].versions["megatron"] == "0.19.2"
     assert job.max_length is None       # nobody said how many tokens fit
     assert job.tokenizer == site.directory / "tokenizer"
@@ -380,7 +381,7 @@ def test_no_server_is_started_where_nobody_asks(site: Site) -> None:
     quiet = Asker(asks=False)
     assert site.run(quiet, Asker(asks=False)).done == 1
     assert list(site.queue.glob("logs/*.server.log")) == []
-    assert quiet.jobs[0].facts["server"] == "megatron static"      # known all the same: part of the resume key
+    assert quiet.jobs[0].server_facts["server"] == "megatron static"       # known all the same: part of a resume key
 
 
 def test_a_checkpoint_that_evaluators_load_is_not_served(site: Site, checkpoint: Callable[..., Path]) -> None:
@@ -390,7 +391,8 @@ def test_a_checkpoint_that_evaluators_load_is_not_served(site: Site, checkpoint:
     jobs = {Path(job.path).name: job for job in loading.jobs}
     assert jobs.pop("load").endpoint is not None
     (job,) = jobs.values()
-    assert (job.endpoint, job.facts, job.max_length) == (None, {}, None)
+    assert (job.endpoint, job.facts, job.server_facts, job.max_length) == (None, {}, {}, None)
+    assert (job.loadable, job.step) == (True, 20)
 
 
 def test_a_server_of_two_processes(site: Site) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -37,6 +38,27 @@ def test_an_evaluator_refuses_what_it_does_not_know(tmp_path: Path, name: str) -
     config = load(tmp_path, {"type": name, **ODD}, {"type": "wandb"})
     with pytest.raises(ConfigError, match=r"autoeval.yaml: suites.quick.evaluators\[0\].*no_such_setting"):
         registry.build_evaluators(config, config.suites["quick"])
+
+
+def test_every_evaluator_of_ours_is_looked_at() -> None:
+    assert {"helm", "gpt"} <= set(registry.names("evaluators"))
+
+
+@pytest.mark.parametrize("name", registry.names("evaluators"))
+def test_an_evaluator_without_settings_is_a_mistake_that_names_its_place(tmp_path: Path, name: str) -> None:
+    """Either at once, or by its check; nothing is made or asked for by then."""
+    config = load(tmp_path, {"type": name}, {"type": "wandb"})
+    with pytest.raises(ConfigError, match=r"autoeval.yaml: suites.quick.evaluators\[0\]"):
+        registry.build_evaluators(config, config.suites["quick"])[0].check()
+    assert [p.name for p in tmp_path.iterdir()] == ["autoeval.yaml"]
+
+
+@pytest.mark.parametrize("name", registry.names("evaluators"))
+def test_an_evaluator_is_light_to_load(name: str) -> None:
+    """What computes or asks runs in a child, so that the runner can end it."""
+    code = f"import sys; from eval_runner.registry import get; get('evaluators', {name!r}, ''); print(*sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert not {module.split(".")[0] for module in out.split()} & {"torch", "transformers", "openai", "helm", "wandb"}
 
 
 @pytest.mark.parametrize("name", registry.names("sinks"))

@@ -52,7 +52,8 @@ def evaluator(tmp_path: Path) -> Callable[..., HelmEvaluator]:
 def _job(base: Path, name: str, finished: Parts | None = None, **more: Any) -> Job:
     (base / name).mkdir()
     (base / "tokenizer").mkdir(exist_ok=True)
-    served_by = {"endpoint": Server(), "max_length": 32, "facts": {"megatron": "0.19.2"}} | more
+    facts = {"megatron": "0.19.2"}
+    served_by = {"endpoint": Server(), "loadable": False, "max_length": 32, "server_facts": facts} | more
     finished = finished or Parts()
     return Job(
         base, base / "tokenizer", "model", base / name, base / f"{name}.log", finished=finished, **served_by
@@ -98,7 +99,7 @@ def test_the_server_is_started_only_for_what_is_missing(
     assert helm.ran == [["a", "b"], ["a"]]
 
 
-@pytest.mark.parametrize("change", [{"facts": {"megatron": "0.19.3"}}, {"max_length": 31}])
+@pytest.mark.parametrize("change", [{"server_facts": {"megatron": "0.19.3"}}, {"max_length": 31}])
 def test_what_serves_belongs_to_the_key_of_a_part(
     helm: StandIn, evaluator: Callable[..., HelmEvaluator], tmp_path: Path, change: dict[str, Any]
 ) -> None:
@@ -111,9 +112,38 @@ def test_what_serves_belongs_to_the_key_of_a_part(
 def test_facts_of_a_conversion_are_told_too(
     helm: StandIn, evaluator: Callable[..., HelmEvaluator], tmp_path: Path
 ) -> None:
-    job = _job(tmp_path, "a", endpoint=None, max_length=None, facts={"converter": "x"})
+    job = _job(tmp_path, "a", endpoint=None, loadable=True, max_length=None, server_facts={}, facts={"converter": "x"})
     versions = evaluator().evaluate(job).evaluation.versions
     assert (versions["converter"], versions["device"]) == ("x", "cuda")
+    job = _job(tmp_path, "b", facts={"converter": "x"})
+    assert {"converter", "megatron"} <= evaluator().evaluate(job).evaluation.versions.keys()
+
+
+def test_a_checkpoint_that_helm_can_load_is_not_asked_of_a_server(
+    helm: StandIn, evaluator: Callable[..., HelmEvaluator], tmp_path: Path
+) -> None:
+    """A server that is there for other evaluators changes nothing: not the scores' keys, nor the settings it takes."""
+    parts, server = Remembers(), Server()
+    alone: dict[str, Any] = {"endpoint": None, "loadable": True, "max_length": None, "server_facts": {}}
+    beside = alone | {"endpoint": server, "server_facts": {"server": "vllm", "vllm": "0.11"}}
+    first = evaluator(torch_dtype="float16").evaluate(_job(tmp_path, "a", parts, **alone))
+    again = evaluator(torch_dtype="float16").evaluate(_job(tmp_path, "b", parts, **beside))
+    assert helm.ran == [["a", "b"]]
+    assert server.starts == 0
+    assert again.evaluation.versions["device"] == "cuda"
+    assert set(again.evaluation.versions) - {"autoeval resume"} == set(first.evaluation.versions)
+    job = _job(tmp_path, "c", **beside)
+    evaluator().evaluate(job)
+    (told,) = json.loads((job.work_dir / "models" / "model_deployments.yaml").read_text())["model_deployments"]
+    assert told["client_spec"]["class_name"] == "autoeval_helm.CheckpointClient"
+    assert server.starts == 0
+
+
+def test_a_checkpoint_that_nothing_can_answer_for(
+    helm: StandIn, evaluator: Callable[..., HelmEvaluator], tmp_path: Path
+) -> None:
+    with pytest.raises(ConfigError, match="HELM cannot load it, and no server is configured that answers for it"):
+        evaluator().evaluate(_job(tmp_path, "a", endpoint=None))
 
 
 def test_what_a_served_checkpoint_cannot_be_evaluated_with(

@@ -31,7 +31,7 @@ from autoeval_hooks.relay_files import Announcement, Ended, Point
 from autoeval_hooks.run_identity import RunIdentity
 from eval_runner import breaker
 from eval_runner import config as runner_config
-from eval_runner.results import store
+from eval_runner.results import lines, store
 from eval_runner.results.schema import Instance
 from eval_runner.sinks import wandb_writer
 from tests.results_samples import result, score
@@ -62,7 +62,7 @@ def _queue(path: Path) -> Queue:
 
 
 def _packed(values: list[Instance]) -> bytes:
-    return store._dump_instances(values)
+    return lines.dump_instances(values)
 
 
 IDENTITY = RunIdentity("id1", "a run", "p", "e", "w1", "g", "http://h", "offline", "/w/wandb")
@@ -244,7 +244,7 @@ def test_eight_megabytes_of_nonsense_cost_little(kind: str) -> None:
 def test_a_few_kilobytes_that_unpack_to_gigabytes_are_not_read_to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
     reader = BY_NAME["results/instances.jsonl.gz"]
     line = gzip.decompress(reader.valid).split(b"\n")[0] + b"\n"
-    monkeypatch.setattr(store, "MAX_INSTANCES_BYTES", 1000 * len(line))
+    monkeypatch.setattr(lines, "MAX_UNPACKED_BYTES", 1000 * len(line))
     assert len(check(reader, gzip.compress(line * 1000))) == 1000
     assert "it holds more than" in str(check(reader, gzip.compress(line * 1001)))
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from autoeval_hooks import yamlfile
 from autoeval_hooks.config import load as hook_load
 from eval_runner.cli import cli
 
@@ -62,7 +63,7 @@ def test_every_line_that_is_commented_out_is_right_as_well(machine: Path) -> Non
     converter = machine / "convert.sh"
     converter.write_text("#!/bin/sh\n")
     converter.chmod(0o755)
-    commented = r"^( *)# (?=( *(python|tensor_parallel|convert|command): |convert:|    |  \]))"
+    commented = r"^( *)# (?=( *(every_steps|python|tensor_parallel|convert|command): |convert:|    |  \]))"
     text = re.sub(commented, r"\1", CONFIG, flags=re.M)
     assert text.count("#") < CONFIG.count("#") - 6
     text = text.replace("/path/to/venv/bin/python", sys.executable)
@@ -72,6 +73,7 @@ def test_every_line_that_is_commented_out_is_right_as_well(machine: Path) -> Non
     assert "{checkpoint}" in shown
     assert f"python: {sys.executable}" in shown
     assert "tensor_parallel: 2" in shown
+    assert "every_steps: 1000" in shown
 
 
 def command(machine: Path, **env: str) -> list[str]:
@@ -102,9 +104,38 @@ def test_train_sh_can_be_set_from_outside(machine: Path) -> None:
 
 
 def test_every_save_is_one_that_a_suite_is_due_for(machine: Path) -> None:
+    """Whatever SAVE_INTERVAL is, and the last save, which stands at ITERATIONS."""
+    (suite,) = hook_load(EXAMPLE / "autoeval.yaml").suites.values()
+    assert all(map(suite.cadence.due, range(1, 1000)))
+
+
+def test_the_server_has_the_precision_of_training(machine: Path) -> None:
+    """It is not in the checkpoint, and FlashAttention, which the dynamic server uses, has no float32."""
     _, *argv = command(machine)
-    interval = int(argv[argv.index("--save-interval") + 1])
-    assert {suite.cadence.every_steps for suite in hook_load(EXAMPLE / "autoeval.yaml").suites.values()} == {interval}
+    assert "--bf16" in argv
+    assert yamlfile.parse_yaml(CONFIG, "")["server"]["arguments"][0] == "--bf16"
+
+
+def test_what_has_no_default_any_more_is_given(machine: Path) -> None:
+    """Megatron-LM 0.19 divides by --eval-interval, without evaluations too, and has no default for it."""
+    value = dict(pairwise(command(machine)))
+    assert value["--eval-iters"] == "0"
+    assert int(value["--eval-interval"]) > 0
+
+
+def test_every_part_writes_where_example_out_says(machine: Path) -> None:
+    code = f"import runpy; print(runpy.run_path({str(EXAMPLE / 'prepare.py')!r})['OUT'])"
+
+    def out(**env: str) -> str:
+        done = subprocess.run(
+            [sys.executable, "-c", code], env={**os.environ, **env}, check=True, capture_output=True, text=True,
+            timeout=60,
+        )  # fmt: skip
+        return done.stdout.strip()
+
+    for written in (str(machine / "elsewhere"), "relative"):
+        argv = command(machine, EXAMPLE_OUT=written)
+        assert argv[argv.index("--save") + 1] == f"{out(EXAMPLE_OUT=written)}/run"
 
 
 def test_without_a_checkout_it_says_so(machine: Path, monkeypatch: pytest.MonkeyPatch) -> None:

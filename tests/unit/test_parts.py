@@ -22,13 +22,14 @@ from eval_runner.config.models import Suite
 from eval_runner.evaluators.base import Outcome
 from eval_runner.parts import Kept
 from eval_runner.results import store
-from eval_runner.results.schema import Evaluation, Instance, Score
+from eval_runner.results.schema import Detail, Evaluation, Instance, Score
 from tests.conftest import SUITE
 
 SCORE = Score("mmlu", "em", "test", 1 / 3, n=3, stderr=0.1, higher_is_better=True)
 OUTCOME = Outcome(
     Evaluation("helm", 12.5, (SCORE,), {"crfm-helm": "0.5"}, {"/data": "sha256:0"}),
     [Instance("mmlu", "em", "test", f"{i}\N{SNOWMAN}", i / 3) for i in range(3)],
+    [Detail("mmlu", "1", "anatomy", "win", (("Question", "?"),))],
 )
 KEY = "mmlu:subject=anatomy \N{SNOWMAN} ../.."
 
@@ -55,7 +56,9 @@ def make(queue: Queue, new_ticket: Callable[..., Ticket]) -> Callable[..., Kept]
 
 
 def same(found: Outcome | None) -> bool:
-    return found is not None and found.evaluation == OUTCOME.evaluation and list(found.instances) == OUTCOME.instances
+    return found is not None and (found.evaluation, list(found.instances), list(found.details)) == (
+        OUTCOME.evaluation, OUTCOME.instances, OUTCOME.details,
+    )  # fmt: skip
 
 
 def test_what_one_attempt_put_another_gets_and_only_for_the_same(make: Callable[..., Kept]) -> None:
@@ -112,6 +115,8 @@ def damage(path: Path, how: str) -> None:
         (path / store.INSTANCES).write_bytes((path / store.INSTANCES).read_bytes()[:-9])
     elif how == "no instances file":
         (path / store.INSTANCES).unlink()
+    elif how == "torn details":
+        (path / store.DETAILS).write_bytes((path / store.DETAILS).read_bytes()[:-9])
     elif how == "a bad instance":
         (path / store.INSTANCES).write_bytes(gzip.compress(b'{"benchmark": "x"}\n'))
     elif how == "a file":
@@ -128,7 +133,8 @@ def damage(path: Path, how: str) -> None:
 
 
 @pytest.mark.parametrize("how", [
-    "torn record", "no record", "torn instances", "no instances file", "a bad instance", "a file", "another ticket",
+    "torn record", "no record", "torn details", "torn instances", "no instances file", "a bad instance", "a file",
+    "another ticket",
     "another checkpoint", "another suite", "two parts", "a command", "a failure", "no score",
 ])  # fmt: skip
 def test_a_part_that_is_torn_or_foreign_is_evaluated_again(

@@ -24,7 +24,7 @@ from eval_runner.results.statistics import Z95, mean_stderr, wilson
 from eval_runner.results.store import Contents
 from tests.results_samples import digest, instances_of, publish, queue, result, score
 
-VOID = {"meta", "br"}
+VOID = {"meta", "br", "input"}
 
 
 class Page(HTMLParser):

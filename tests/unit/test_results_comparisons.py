@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import pytest
 
 from eval_runner.results.comparisons import Latest, latest
 from eval_runner.results.schema import Instance, Result, Score
-from eval_runner.results.series import rows
+from eval_runner.results.series import judge_changes, rows
 from eval_runner.results.statistics import mean_stderr, ratio_stderr, ratio_values
 from eval_runner.results.store import ResultError
 from tests.results_samples import T0, digest, instances_of, result, score
@@ -150,3 +151,37 @@ def test_a_superseded_checkpoint_is_not_compared_with() -> None:
     (found,), _ = latest(rows(results), lambda r: [])
     assert found.best is not None
     assert found.best.against.score.value == 0.5
+
+
+def by(judge: str, r: Result) -> Result:
+    (e,) = r.evaluations
+    return replace(r, evaluations=(replace(e, versions={"judge": judge} if judge else {}),))
+
+
+def test_scores_by_two_judges_are_not_compared() -> None:
+    results, given = runs_of(RIGHT, RIGHT, WRONG, WRONG)
+    (found,) = compare([by(judge, r) for judge, r in zip("aabb", results, strict=True)], given)
+    assert found.previous is not None
+    assert found.best is not None
+    assert found.previous.verdict == "within noise"
+    assert found.best.against.result.step == 3          # the best by the same judge
+    (first,) = compare([by(judge, r) for judge, r in zip("aab", results[:3], strict=True)], given)
+    for comparison, step in ((first.previous, 2), (first.best, 1)):
+        assert comparison is not None
+        assert (comparison.difference, comparison.verdict) == (None, "not tested")
+        assert comparison.note == "the judge changed: a → b"
+        assert comparison.against.result.step == step
+
+
+def test_anchors_are_compared_between_judges() -> None:
+    results, given = runs_of(RIGHT, WRONG, benchmark="general.judge_anchors")
+    (found,) = compare([by(judge, r) for judge, r in zip("ab", results, strict=True)], given)
+    assert found.previous is not None
+    assert found.previous.verdict == "worse"
+
+
+def test_a_judge_that_comes_or_goes_is_a_change() -> None:
+    results = runs_of(RIGHT, RIGHT, RIGHT)[0]
+    table = rows([by(judge, r) for judge, r in zip(("", "a", "b"), results, strict=True)])
+    changes = judge_changes(table)
+    assert {step: change for (_, _, step), change in changes.items()} == {2: "none → a", 3: "a → b"}

@@ -13,9 +13,10 @@ from autoeval_hooks import fsio
 from eval_runner.results import scores_csv
 from eval_runner.results.schema import Evaluation, Failure, Result
 from eval_runner.results.series import definition, rows
+from eval_runner.results.statistics import Z95, wilson
 from tests.results_samples import T0, digest, result, score
 
-HEADER = "run,step,suite,benchmark,metric,split,value,stderr,n\n"
+HEADER = "run,step,suite,benchmark,metric,split,value,stderr,n,low,high\n"
 
 
 def text_of(tmp_path: Path, *results: Result) -> str:
@@ -26,21 +27,23 @@ def text_of(tmp_path: Path, *results: Result) -> str:
 
 def test_the_file_to_the_letter(tmp_path: Path) -> None:
     bpb = score(1 / 3, 0.1 + 0.2, n=7, benchmark="text", metric="bits_per_byte", higher=False)
+    judged = dataclasses.replace(score(0.25), low=0.125, high=0.5)
     found = text_of(
         tmp_path,
-        result(200, score(0.5, 0.05), bpb),
-        result(100, score(0.25), suite="deep"),
+        result(200, score(0.5, 0.25), bpb),
+        result(100, judged, suite="deep"),
         result(1000, score(0.0, 0.0, n=3), run="alpha"),
-        result(100, score(1e-17, 0.05), bpb),
+        result(100, score(1e-17), bpb),
         result(300, failure=Failure("transient", "died")),
     )
+    low, high = (repr(1 / 3 + sign * Z95 * (0.1 + 0.2)) for sign in (-1, 1))
     assert found == HEADER + (
-        "alpha,1000,quick,mcqa,exact_match,test,0.0,0.0,3\n"
-        "demo,100,deep,mcqa,exact_match,test,0.25,,100\n"
-        "demo,100,quick,mcqa,exact_match,test,1e-17,0.05,100\n"
-        "demo,200,quick,mcqa,exact_match,test,0.5,0.05,100\n"
-        "demo,100,quick,text,bits_per_byte,test,0.3333333333333333,0.30000000000000004,7\n"
-        "demo,200,quick,text,bits_per_byte,test,0.3333333333333333,0.30000000000000004,7\n"
+        f"alpha,1000,quick,mcqa,exact_match,test,0.0,0.0,3,0.0,{wilson(0, 3)[1]!r}\n"
+        "demo,100,deep,mcqa,exact_match,test,0.25,,100,0.125,0.5\n"
+        "demo,100,quick,mcqa,exact_match,test,1e-17,,100,,\n"
+        f"demo,200,quick,mcqa,exact_match,test,0.5,0.25,100,{0.5 - Z95 / 4!r},{0.5 + Z95 / 4!r}\n"
+        f"demo,100,quick,text,bits_per_byte,test,0.3333333333333333,0.30000000000000004,7,{low},{high}\n"
+        f"demo,200,quick,text,bits_per_byte,test,0.3333333333333333,0.30000000000000004,7,{low},{high}\n"
     )
 
 

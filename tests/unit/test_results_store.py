@@ -15,8 +15,8 @@ from autoeval_hooks.errors import AutoEvalError, CheckpointError, ConfigError, Q
 from autoeval_hooks.fsio import FileOps
 from autoeval_hooks.queue import Queue, Token
 from autoeval_hooks.ticket import Ticket
-from eval_runner.results import store
-from eval_runner.results.schema import Evaluation, Failure, Instance, Result
+from eval_runner.results import lines, store
+from eval_runner.results.schema import Detail, Evaluation, Failure, Instance, Result, Score
 from tests.results_samples import digest, instances_of, publish, queue, result, score
 
 
@@ -33,12 +33,17 @@ def written(root: Path, r: Result) -> Path:
     return store.write(root, name_of(r), r, ())
 
 
+def interval_of(low: float | None, high: float | None) -> Score:
+    return dataclasses.replace(score(0.5), low=low, high=high)
+
+
 # ---------------------------------------------------------------------- writing and reading
 
 
 def test_a_result_comes_back_as_it_was(root: Path) -> None:
     s = score(1 / 3, 0.1 + 0.2, n=4)
-    evaluation = Evaluation("helm", 12.5, (s,), {"crfm-helm": "0.5.16"}, {"data.jsonl": "ab"})
+    s = dataclasses.replace(s, low=0.1, high=0.6)
+    evaluation = Evaluation("helm", 12.5, (s,), {"crfm-helm": "0.5.16"}, {"data.jsonl": "ab"}, {"cost_usd": 0.1})
     r = dataclasses.replace(result(7, s, tokens=1 << 40), evaluations=(evaluation,), suite_text='{"a": "\N{SNOWMAN}"}')
     values = [Instance("b", "m", "test", "id\n\N{SNOWMAN}", 0.1), Instance("b", "m", "test", "2", -1e-300)]
     path = store.write(root, name_of(r), r, iter(values))
@@ -71,6 +76,11 @@ def test_a_score_that_is_no_number_is_an_error_that_names_it(root: Path, bad: fl
         written(root, result(1, score(bad, 0.1, benchmark="python", metric="bits_per_byte", split="valid")))
     with pytest.raises(CheckpointError, match=r"score mcqa/exact_match \(test\): its stderr is"):
         written(root, result(1, score(0.5, bad)))
+    with pytest.raises(CheckpointError, match=r"score mcqa/exact_match \(test\): its high is"):
+        written(root, result(1, interval_of(0.1, bad)))
+    used = Evaluation("gpt", 1.0, (score(0.5),), usage={"cost_usd": bad})
+    with pytest.raises(store.ResultError, match="evaluator gpt: its usage 'cost_usd' is"):
+        written(root, dataclasses.replace(result(1), evaluations=(used,)))
     r = result(1, score(0.5))
     with pytest.raises(CheckpointError, match=r"instance 'id1' of mcqa/exact_match \(test\)"):
         store.write(root, name_of(r), r, instances_of(score(0.5), [0.5, bad]))
@@ -92,6 +102,10 @@ def test_a_score_given_twice_is_an_error(root: Path) -> None:
         ({"status": "refiled"}, "does not say as what"),
         ({"evaluations": (Evaluation("e", 1.0, (score(0.5, n=0),)),)}, "has no instances"),
         ({"evaluations": (Evaluation("e", 1.0, (score(0.5, -0.1),)),)}, "negative error"),
+        ({"evaluations": (Evaluation("e", 1.0, (interval_of(0.1, None),)),)}, "half an interval"),
+        ({"evaluations": (Evaluation("e", 1.0, (interval_of(None, 0.1),)),)}, "half an interval"),
+        ({"evaluations": (Evaluation("e", 1.0, (interval_of(0.6, 0.4),)),)}, "one inside out"),
+        ({"evaluations": (Evaluation("e", 1.0, (score(0.5),), usage={"cost_usd": -0.01}),)}, "usage that is negative"),
         ({"step": -1}, "a negative step"),
         ({"finished_at": 1e300}, "a time that is none"),
         ({"version": 0}, "version 0 is not 1"),
@@ -287,6 +301,100 @@ def test_a_bad_line_of_instances_is_an_error_that_names_it(root: Path, line: str
     (path / store.INSTANCES).write_bytes(gzip.compress(f"{good}\n{line}\n".encode()))
     with pytest.raises(store.ResultError, match=r"instances\.jsonl\.gz: line 2: not"):
         list(store.instances(path))
+
+
+# ---------------------------------------------------------------------- details
+
+DETAIL = Detail("general", "7", "writing", "win", (("Question", "Why?\n\N{SNOWMAN}"), ("Answer", "")))
+
+
+def test_details_come_back_as_they_were_and_are_no_must(root: Path) -> None:
+    r, old = result(1, score(0.5)), result(2, score(0.5))
+    path = store.write(root, name_of(r), r, (), details=iter([DETAIL, dataclasses.replace(DETAIL, id="8")]))
+    assert list(store.details(path)) == [DETAIL, dataclasses.replace(DETAIL, id="8")]
+    before = written(root, old)
+    assert list(store.details(before)) == []
+    assert sorted(os.listdir(before)) == [store.INSTANCES, store.RECORD]
+
+
+def test_details_are_synced_before_they_are_published(root: Path) -> None:
+    ops = Cut(10**6, Power())
+    r = result(1, score(0.5))
+    store.write(root, name_of(r), r, (), details=[DETAIL], ops=ops)
+    assert ops.calls == [STEPS[0], *STEPS[1:5] * 3, *STEPS[9:]]
+    for at in range(len(ops.calls)):
+        again = result(2 + at, score(0.5))
+        with pytest.raises(Power):
+            store.write(root, name_of(again), again, (), details=[DETAIL], ops=Cut(at, Power()))
+        if (root / "results" / name_of(again)).exists():
+            assert list(store.details(store.path_of(root, again))) == [DETAIL]
+
+
+def test_texts_that_no_file_can_hold_or_nobody_reads_are_mended(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("JUDGE_API_KEY", "open-sesame-12345")
+    text = "a\udcff\0b" + "x" * lines.MAX_TEXT_CHARS
+    texts = (("Review", text), ("Error", "wrong key open-sesame-12345"))
+    r = result(1, score(0.5))
+    path = store.write(root, name_of(r), r, (), details=[dataclasses.replace(DETAIL, texts=texts)])
+    ((_, shown), (_, error)) = next(store.details(path)).texts
+    assert shown.startswith("a?\N{REPLACEMENT CHARACTER}bxxx")
+    assert shown.endswith(f"x … [cut: {lines.MAX_TEXT_CHARS + 4:,} characters]")
+    assert len(shown) < lines.MAX_TEXT_CHARS + 100
+    assert error == "wrong key ***"
+
+
+def test_more_details_than_can_be_read_are_not_written(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    r = result(1, score(0.5))
+    many = dataclasses.replace(DETAIL, texts=DETAIL.texts * lines.MAX_TEXTS)
+    with pytest.raises(store.ResultError, match="question '7' of general: not the detail"):
+        store.write(root, name_of(r), r, (), details=[many])
+    long = dataclasses.replace(DETAIL, texts=(("\u3042" * lines.MAX_TEXT_CHARS,) * 2,) * 20)
+    with pytest.raises(store.ResultError, match="details are too large"):
+        store.write(root, name_of(r), r, (), details=[long])
+    monkeypatch.setattr(lines, "MAX_UNPACKED_BYTES", 1000)
+    with pytest.raises(store.ResultError, match="details are too large"):
+        store.write(root, name_of(r), r, (), details=[DETAIL] * 20)
+    assert os.listdir(root / "results") == os.listdir(root / "tmp") == []
+
+
+GOOD = {"benchmark": "b", "id": "1", "category": "c", "outcome": "win", "texts": [["Question", "?"]]}
+
+
+@pytest.mark.parametrize("wrong", [
+    "{", "[]", '"x"', "[" * 100_000, {"id": 1}, {"more": 1}, {"texts": {}}, {"texts": [["Question"]]},
+    {"texts": ["ab"]},
+    {"texts": [["Question", None]]}, {"texts": [["Q", "?"]] * 51}, {"outcome": "\0"}, {"category": "\ud800"},
+    {"texts": [["Question", "x" * 20_200]]},
+], ids=str)  # fmt: skip
+def test_a_bad_line_of_details_is_an_error_that_names_it(root: Path, wrong: str | dict[str, object]) -> None:
+    path = written(root, result(1, score(0.5)))
+    line = wrong if isinstance(wrong, str) else json.dumps(GOOD | wrong)
+    (path / store.DETAILS).write_bytes(gzip.compress(f"{json.dumps(GOOD)}\n{line}\n".encode()))
+    found = store.details(path)
+    assert next(found).id == "1"
+    with pytest.raises(store.ResultError, match=r"details\.jsonl\.gz: line 2: not"):
+        next(found)
+
+
+def test_torn_details_bombs_and_links_are_errors(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    r = result(1, score(0.5))
+    path = store.write(root, name_of(r), r, (), details=[DETAIL] * 500)
+    file = path / store.DETAILS
+    whole = file.read_bytes()
+    for torn in (whole[: len(whole) // 2], b"no gzip", b""):
+        file.write_bytes(torn)
+        with pytest.raises(store.ResultError, match=r"details\.jsonl\.gz: cannot be read after line \d+"):
+            list(store.details(path))
+    file.unlink()
+    (tmp_path / "elsewhere").write_bytes(whole)
+    file.symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(store.ResultError, match="cannot be read after line 0"):
+        list(store.details(path))
+    file.unlink()
+    file.write_bytes(whole)
+    monkeypatch.setattr(lines, "MAX_UNPACKED_BYTES", 10_000)
+    with pytest.raises(store.ResultError, match="it holds more than"):
+        list(store.details(path))
 
 
 # ---------------------------------------------------------------------- what counts

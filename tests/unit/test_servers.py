@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,9 @@ from eval_runner.checkpoints.base import Servable
 from eval_runner.cli.run import run
 from eval_runner.cli.validate import validate
 from eval_runner.evaluators.base import Context, Limits
-from eval_runner.servers import launch, megatron, ports, telling
+from eval_runner.servers import interpreter, launch, megatron, megatron_checkout, ports, telling
 from eval_runner.servers import megatron_arguments as arguments
-from eval_runner.servers.base import Serving
+from eval_runner.servers.base import Endpoint, Serving
 from eval_runner.servers.megatron import MegatronServer
 
 Make = Callable[..., MegatronServer]
@@ -44,7 +45,7 @@ def checkout(tmp_path: Path) -> Path:
 
 
 def release(checkout: Path, *numbers: int) -> Path:
-    info = checkout / megatron.PACKAGE
+    info = checkout / megatron_checkout.PACKAGE
     info.parent.mkdir(parents=True, exist_ok=True)
     lines = [f"{name} = {n}\n" for name, n in zip(("MAJOR", "MINOR", "PATCH"), numbers, strict=True)]
     info.write_text(f"# a comment\n{''.join(lines)}PRE_RELEASE = ''\n__version__ = '.'.join(map(str, VERSION[:3]))\n")
@@ -91,7 +92,7 @@ def test_settings_that_do_not_fit(make: Make, settings: dict[str, object], said:
 
 def test_what_check_finds_missing(make: Make, checkout: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(megatron, "MODULES", {"static": ("json", "no_such_module"), "dynamic": ("json",)})
-    with pytest.raises(ConfigError, match=rf"server\.python: {sys.executable} has no no_such_module, .*install it"):
+    with pytest.raises(ConfigError, match=rf"server\.python: {sys.executable} has no no_such_module, .*`pip install"):
         make().check()
     make(mode="dynamic").check()
 
@@ -108,9 +109,9 @@ def test_what_check_finds_missing(make: Make, checkout: Path, tmp_path: Path, mo
     shutil.rmtree(checkout / "tools")
     assert "server.mode: " in said()
     assert "the dynamic one since 0.16" in said()
-    (checkout / megatron.PACKAGE).write_text("VERSION = '0.16'\n")
+    (checkout / megatron_checkout.PACKAGE).write_text("VERSION = '0.16'\n")
     assert "does not say which version it is" in said()
-    (checkout / megatron.PACKAGE).unlink()
+    (checkout / megatron_checkout.PACKAGE).unlink()
     assert "is no checkout of Megatron-LM" in said()
     assert f"server.checkout: {tmp_path}/gone: no such directory" in said(checkout="gone")
 
@@ -121,13 +122,55 @@ def test_a_script_of_the_users_own_needs_torch_alone(make: Make, tmp_path: Path)
     make(script="own.py").check()
 
 
+@pytest.mark.parametrize(
+    ("numbers", "mode", "there", "said"),
+    [
+        ((0, 16, 1), None, {"torch"}, "has no flask, flask_restful, which the server needs; `pip install flask "
+                                      "flask-restful` there"),
+        ((0, 17, 0), None, {"torch", "hypercorn", "quart", "msgpack"},
+         "has no zmq, flash_attn, which the server needs; `pip install pyzmq flash-attn` there"),
+        ((0, 17, 0), None, {"torch", "hypercorn", "quart", "msgpack", "zmq", "flash_attn"}, None),
+        ((0, 17, 0), None, {"torch", "hypercorn", "quart", "msgpack", "zmq", "flash_attn_3"}, None),
+        ((0, 17, 0), None, {"torch", "hypercorn", "flask", "msgpack", "zmq", "flash_attn"}, "has no quart,"),
+        ((0, 16, 1), "dynamic", {"torch", "hypercorn", "flask", "msgpack", "zmq", "flash_attn"}, None),
+    ],
+)  # fmt: skip
+def test_what_each_server_needs(
+    make: Make, checkout: Path, monkeypatch: pytest.MonkeyPatch, numbers: tuple[int, ...], mode: str | None,
+    there: set[str], said: str | None,
+) -> None:  # fmt: skip
+    def ask(python: Path, modules: Sequence[str], *_: object) -> interpreter.Found:
+        return interpreter.Found(tuple(m for m in modules if m not in there), {"torch": ""})
+
+    monkeypatch.setattr(interpreter, "ask", ask)
+    release(checkout, *numbers)
+    server = make(**({"mode": mode} if mode else {}))
+    if said is None:
+        server.check()
+        return
+    with pytest.raises(ConfigError) as caught:
+        server.check()
+    assert said in str(caught.value)
+
+
 def test_the_mode_is_the_one_that_works(make: Make, checkout: Path, tmp_path: Path) -> None:
     modes = {}
     for minor in (12, 16, 17, 19):
         release(checkout, 0, minor, 0)
         modes[minor] = make().facts(servable(tmp_path, MegatronRecord()))["server"]
     assert modes == {12: "megatron static", 16: "megatron static", 17: "megatron dynamic", 19: "megatron dynamic"}
-    assert make(mode="static").facts(servable(tmp_path, MegatronRecord()))["server"] == "megatron static"
+    (tmp_path / "own.py").touch()
+    mended = make(mode="static", script="own.py")       # a static server that the user has repaired
+    mended.check()
+    assert mended.facts(servable(tmp_path, MegatronRecord()))["server"] == "megatron static"
+    said = (
+        f"autoeval.yaml: server.mode: the static server of Megatron-LM 0.17 and later does not start, and "
+        f"{checkout} is 0.19.0; "
+    )
+    for use in (MegatronServer.check, lambda server: server.facts(servable(tmp_path, MegatronRecord()))):
+        with pytest.raises(ConfigError) as caught:
+            use(make(mode="static"))
+        assert str(caught.value).startswith(said)
 
 
 CONFIG = """
@@ -212,6 +255,7 @@ def test_what_changes_an_answer_is_in_the_facts(make: Make, tmp_path: Path) -> N
     found = make().facts(servable(tmp_path))
     assert found == {
         "server": "megatron static", "megatron": "0.16.1", "tensor_parallel": "2", "pipeline_parallel": "1",
+        "torch": importlib.metadata.version("torch"),
     }  # fmt: skip
     own = tmp_path / "own.py"
     own.write_text("a")
@@ -225,6 +269,65 @@ def test_what_changes_an_answer_is_in_the_facts(make: Make, tmp_path: Path) -> N
     assert len({str(facts) for facts in told}) == len(told)
     assert "--bf16" not in str(told)        # it may hold what the environment filled in
     assert make(start_timeout=5).facts(servable(tmp_path)) == found
+
+
+def git(at: Path, *argv: str) -> str:
+    who = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
+    return subprocess.run(["git", "-C", at, *who, *argv], check=True, capture_output=True, text=True).stdout.strip()
+
+
+def test_the_commit_is_in_the_facts(make: Make, checkout: Path, tmp_path: Path) -> None:
+    """That of the last check; a change that nobody committed shows, and a file that git does not know is none."""
+    def commit(server: MegatronServer) -> str | None:
+        return server.facts(servable(tmp_path)).get("megatron commit")
+
+    git(tmp_path, "init", "-q")
+    (tmp_path / "of the outer repository").touch()
+    git(tmp_path, "add", "of the outer repository")
+    git(tmp_path, "commit", "-qm", "a")
+    assert commit(make()) is None           # a package that merely lies below a repository
+    git(checkout, "init", "-q")
+    git(checkout, "add", "-A")
+    assert commit(make()) is None           # no commit yet
+    git(checkout, "commit", "-qm", "a")
+    (checkout / "a.log").touch()
+    server = make(script="megatron-lm/tools/run_text_generation_server.py")
+    server.check()
+    head = git(checkout, "rev-parse", "HEAD")
+    assert commit(server) == head
+    (checkout / megatron.SCRIPTS["static"]).write_text("# changed")
+    assert commit(make()) == f"{head}-dirty"
+    assert commit(server) == head
+    server.check()
+    assert commit(server) == f"{head}-dirty"
+
+
+@pytest.mark.parametrize("ends", [FileNotFoundError("git"), subprocess.TimeoutExpired("git", 1)])
+def test_without_git_there_is_no_commit(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, ends: Exception
+) -> None:
+    git(checkout, "init", "-q")
+    git(checkout, "add", "-A")
+    git(checkout, "commit", "-qm", "a")
+    assert megatron_checkout.commit(checkout)
+
+    def run(*_: object, **__: object) -> None:
+        raise ends
+
+    monkeypatch.setattr(megatron_checkout.subprocess, "run", run)
+    assert megatron_checkout.commit(checkout) == ""
+
+
+def test_the_interpreter_is_asked_once_for_many_checkpoints(
+    make: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    found = interpreter.Found((), {"torch": "2.9.1"})
+    monkeypatch.setattr(interpreter, "ask", lambda *_: asked.append(1) or found)
+    server = make()
+    server.check()
+    assert {server.facts(servable(tmp_path))["torch"] for _ in range(3)} == {"2.9.1"}
+    assert len(asked) == 1
 
 
 @pytest.mark.parametrize(
@@ -289,9 +392,7 @@ def test_the_command(make: Make, started: Callable[..., launch.Recipe], tmp_path
     assert recipe.env["CUDA_DEVICE_MAX_CONNECTIONS"] == "1"
     assert (recipe.probe.method, recipe.probe.path) == ("PUT", "/api")
     assert not recipe.probe.good(b'"prompts argument required"')
-    assert vars(recipe.api("http://127.0.0.1:5000")) == {
-        "url": "http://127.0.0.1:5000", "api": "megatron", "model": "model-abc"
-    }  # fmt: skip
+    assert recipe.api("http://127.0.0.1:5000") == Endpoint("http://127.0.0.1:5000", "megatron", "model-abc")
 
 
 def test_the_dynamic_servers_command(make: Make, started: Callable[..., launch.Recipe], checkout: Path) -> None:

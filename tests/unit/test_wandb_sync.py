@@ -270,3 +270,27 @@ def test_the_command_says_what_differs_and_what_waits(
     done = run_sync()
     assert done.exit_code == 75
     assert "watching whether the training process is alive" in done.stdout
+
+
+def test_two_results_of_a_step_that_share_their_price_are_two(
+    directory: Path, sink: WandbSink, writer: StandIn
+) -> None:
+    """What stands in the run is another suite's point at the same step; ours is missing, not different."""
+    dead(directory)
+    paid = {"cost_usd": 0.25}
+    ours, other = (
+        replace(r, evaluations=tuple(replace(e, usage=paid) for e in r.evaluations))
+        for r in (result(1), replace(result(1), suite="other", ticket="0" * 64, finished_at=result(1).finished_at + 9))
+    )
+    assert of(ours).metrics["bench/cost_usd"] == 0.25
+    writer.held.rows = [of(other).row()]
+    (told,) = (s for s in sink.compare([ours], repair=False) if s.step == 1 and s.ticket)
+    assert told.state == "missing"
+
+
+def test_a_point_has_a_price_where_one_is_known() -> None:
+    r = result(1)
+    (e,) = r.evaluations
+    assert "bench/cost_usd" not in of(replace(r, evaluations=(replace(e, usage={"requests": 5.0}),))).metrics
+    both = replace(r, evaluations=(e, replace(e, usage={"cost_usd": 0.5}), replace(e, usage={"cost_usd": 0.25})))
+    assert of(both).metrics["bench/cost_usd"] == 0.75

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +25,19 @@ def write(directory: Path, name: str, job: Job, torch_dtype: str | None) -> None
     """Write model_deployments.yaml, tokenizer_configs.yaml and model_metadata.yaml for `helm-run --local-path`.
 
     JSON is YAML, and needs no quoting rules. Every loader is told whether it may run code of the checkpoint's: left
-    to itself, transformers asks the terminal. A served checkpoint's server is started here, if it does not run yet;
-    raises what that raises.
+    to itself, transformers asks the terminal. HELM loads the checkpoint where it can; else its server is asked, and
+    started here, if it does not run yet; raises what that raises.
     """
     code = {"trust_remote_code": job.trust_remote_code}
     tokenizer = str(job.tokenizer)
-    if job.endpoint is None:
+    if job.loadable:
         module, what = "autoeval_helm.Checkpoint", {"path": str(job.path), "torch_dtype": torch_dtype} | code
         limit: dict[str, Any] = {"model": str(job.path)}
     else:
-        module, what = "autoeval_served.Served", asdict(job.endpoint())
+        if job.endpoint is None:
+            raise ConfigError(f"{job.path}: HELM cannot load it, and no server is configured that answers for it")
+        endpoint = job.endpoint()
+        module, what = "autoeval_served.Served", {name: getattr(endpoint, name) for name in ("url", "api", "model")}
         limit = {"max_length": job.max_length}
     files: dict[str, Any] = {
         "model_deployments.yaml": {

@@ -47,7 +47,8 @@ class HelmEvaluator:
         planned = self._plan(python)
         env, versions = environment(python, job.work_dir)
         versions = planned.versions | versions | job.facts
-        if job.endpoint:
+        if not job.loadable:
+            versions |= job.server_facts
             versions.pop("device", None)  # HELM's, on which nothing is computed
         run = _Run(job, planned, deployment.model_name(job.name), versions, self._settings)
         if missing := run.missing():
@@ -64,7 +65,7 @@ class HelmEvaluator:
         share_data(job.work_dir / OUTPUT, self._data_dir())
 
     def _check_served(self, job: Job) -> None:
-        if job.endpoint is None:
+        if job.loadable:
             return
         if self._settings.torch_dtype:
             raise ConfigError(prefixed(self._context, f"{self._context.where}.torch_dtype: is for a checkpoint that "
@@ -103,7 +104,7 @@ class HelmEvaluator:
             str(python), "-m", "helm.benchmark.run",
             "--conf-paths", "runs.conf", "--local-path", "models", "--models-to-run", name, "--suite", SUITE,
             "--max-eval-instances", str(s.max_instances), "--num-train-trials", str(s.num_train_trials),
-            "--num-threads", str(1 if job.endpoint else THREADS), "--disable-cache", "--output-path", OUTPUT,
+            "--num-threads", str(THREADS if job.loadable else 1), "--disable-cache", "--output-path", OUTPUT,
             "--plugins", *planned.plugins,
         ]  # fmt: skip
 

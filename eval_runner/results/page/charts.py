@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from eval_runner.results.page.words import ARROWS
-from eval_runner.results.series import Row
-from eval_runner.results.statistics import interval
+from eval_runner.results.series import Row, judge_changes
+from eval_runner.results.statistics import bounds
 
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6BB1")
 """Told apart by colour-blind readers too (Okabe and Ito, 2008); further runs get them again, dashed."""
@@ -19,6 +19,7 @@ def chart_data(table: Sequence[Row]) -> dict[str, Any]:
     shown = [row for row in table if not row.superseded]
     names = list(dict.fromkeys(row.run for row in shown))
     runs = [{"name": name, "color": COLORS[i % len(COLORS)], "checkpoints": []} for i, name in enumerate(names)]
+    changes = judge_changes(table)
     place: dict[tuple[str, int], int] = {}
     charts: dict[tuple[str, str], dict[tuple[str, str], dict[str, Any]]] = {}
     for row in sorted(shown, key=lambda row: (row.suite != row.result.suite, row.key, row.run, row.result.step)):
@@ -33,7 +34,9 @@ def chart_data(table: Sequence[Row]) -> dict[str, Any]:
             row.key[2:], {"name": f"{s.metric} ({s.split})", "direction": ARROWS[s.higher_is_better], "lines": {}}
         )
         line = metric["lines"].setdefault(run, {"run": run, "at": [], "value": [], "low": [], "high": [], "n": []})
-        low, high = interval(s.value, s.stderr, s.n) or (None, None)
+        if changed := changes.get((row.run, row.key, r.step)):
+            line.setdefault("judges", []).append([len(line["at"]), changed])    # the place in the line, A → B
+        low, high = bounds(s) or (None, None)
         for name, value in (("at", at), ("value", s.value), ("low", low), ("high", high), ("n", s.n)):
             line[name].append(value)
     several = len({suite for suite, _ in charts}) > 1

@@ -12,6 +12,10 @@ class Safe(str):
     __slots__ = ()
 
 
+VOID = frozenset({"br", "input"})
+"""Elements that hold nothing, and have no end."""
+
+
 def el(name: str, *children: str, **attributes: str | bool) -> Safe:
     """An element. In attributes' names a last ``_`` is dropped, others become ``-``; one that is False is left out."""
     shown = "".join(
@@ -19,7 +23,7 @@ def el(name: str, *children: str, **attributes: str | bool) -> Safe:
         for key, value in attributes.items()
         if value is not False
     )
-    return Safe(f"<{name}{shown}>{join(*children)}</{name}>")
+    return Safe(f"<{name}{shown}>" + ("" if name in VOID else f"{join(*children)}</{name}>"))
 
 
 def join(*children: str) -> Safe:

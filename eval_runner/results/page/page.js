@@ -25,8 +25,8 @@
         y: line.value,
         error_y: {
           type: "data", symmetric: false, color: run.color + (points.length > 40 ? "40" : "99"), thickness: 1.2, width: points.length > 40 ? 0 : 3,
-          array: line.value.map((v, i) => (line.high[i] === null ? 0 : line.high[i] - v)),
-          arrayminus: line.value.map((v, i) => (line.low[i] === null ? 0 : v - line.low[i])),
+          array: line.value.map((v, i) => (line.high[i] === null ? 0 : Math.max(0, line.high[i] - v))),
+          arrayminus: line.value.map((v, i) => (line.low[i] === null ? 0 : Math.max(0, v - line.low[i]))),
         },
         text: points.map((p, i) => [
           `<b>${plain(run.name)}</b>`,
@@ -43,6 +43,18 @@
     });
   }
 
+  // Where the judge changed: midway between the last checkpoint of the one and the first of the other.
+  function breaks(metric, lines) {
+    const found = new Map();
+    metric.lines.filter((line) => !state.hidden.has(line.run)).forEach((line, index) => {
+      for (const [i, change] of line.judges || []) {
+        const x = (lines[index].x[i - 1] + lines[index].x[i]) / 2;
+        found.set(x, [...(found.get(x) || []), `${data.runs[line.run].name}: ${change}`]);
+      }
+    });
+    return [...found];
+  }
+
   function draw(figure) {
     const metrics = data.charts[figure.dataset.chart].metrics;
     const select = figure.querySelector("select");
@@ -50,7 +62,7 @@
     const grid = css("--line"), soft = css("--soft");
     figure.querySelector(".direction").textContent = metric.direction;
     const axis = { gridcolor: grid, linecolor: grid, zeroline: false, exponentformat: "power", tickfont: { color: soft, size: 12 } };
-    const lines = traces(metric);
+    const lines = traces(metric), judges = breaks(metric, lines);
     const places = lines.flatMap((line) => line.x);
     const range = Math.max(...places) - Math.min(...places);
     let ticks = { nticks: 7 };
@@ -66,6 +78,13 @@
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
       font: { family: getComputedStyle(document.body).fontFamily, color: css("--ink") },
+      shapes: judges.map(([x]) => ({
+        type: "line", x0: x, x1: x, yref: "paper", y0: 0, y1: 1, line: { color: soft, width: 1.2, dash: "dash" },
+      })),
+      annotations: judges.map(([x, changes]) => ({
+        x, yref: "paper", y: 1, yanchor: "top", xanchor: "right", textangle: -90, showarrow: false,
+        text: "judge changed", font: { color: soft, size: 11 }, hovertext: changes.map(plain).join("<br>"),
+      })),
       xaxis: {
         ...axis, ...ticks,
         title: title(state.axis === "tokens" ? "tokens (billions)" : "step"),

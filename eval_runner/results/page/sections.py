@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import statistics as averages
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from eval_runner.results.comparisons import Comparison, Latest
 from eval_runner.results.page.markup import Safe, el, join
 from eval_runner.results.page.words import ARROWS, NONE, billions, duration, minus, number, plural, time
 from eval_runner.results.schema import Failure, Score
-from eval_runner.results.series import Row
-from eval_runner.results.statistics import ALPHA, interval
+from eval_runner.results.series import Row, judge_changes
+from eval_runner.results.statistics import ALPHA, bounds
 from eval_runner.results.store import Contents
 
 REASONS = {
@@ -20,12 +20,16 @@ REASONS = {
     "checkpoint": "The checkpoint cannot be evaluated",
     "configuration": "The configuration must be changed",
 }
-NOTES = """Bars in the charts are 95 % intervals: ± 1.96 standard errors, or Wilson's interval where a score is a
-proportion of right answers. Tables give value ± standard error, or the interval in brackets where that error is 0.
+NOTES = """Bars in the charts are 95 % intervals: the evaluator's own where it gives one (a judge's scores have the
+bootstrap's over questions), else ± 1.96 standard errors, or Wilson's interval where a score is a proportion of right
+answers. Tables give value ± standard error, or the interval in brackets where that error is 0. A score that is a link
+leads to its questions, answers and reviews.
 “Better”, “worse”, “higher” and “lower” mean that the difference to the other checkpoint on the same instances has
 p < 0.05 (paired t test; McNemar's exact test for right and wrong answers); anything else is within noise. The errors
 are those of the choice of instances, not of another training run. The best of many earlier checkpoints was partly
-lucky, so expect some “worse” against it. A suite's name followed by @ and a digest is an earlier definition of it."""
+lucky, so expect some “worse” against it. Where the judge changed between two checkpoints, as it reports its own name,
+their scores are not compared, the charts have a dashed line, and the best earlier checkpoint is the best by the same
+judge. A suite's name followed by @ and a digest is an earlier definition of it."""
 
 
 def header(contents: Contents, table: Sequence[Row], csv_link: str) -> Safe:
@@ -53,9 +57,23 @@ def _facts(contents: Contents, table: Sequence[Row], runs: int) -> list[tuple[st
             ("Evaluation itself", duration(averages.median(r.eval_s for r in ok)), "median"),
             ("Last result", *time(last.finished_at)),
         ]
+        facts += _usage([e.usage for r in ok for e in r.evaluations if e.usage])
     if count := len(_failures(contents)):
         facts.append(("Failed", str(count), "reasons below"))
     return facts
+
+
+def _usage(usages: Sequence[Mapping[str, float]]) -> list[tuple[str, str, str]]:
+    """What services that are paid for were asked, over all results."""
+    if not usages:
+        return []
+    total: Counter[str] = Counter()
+    for usage in usages:
+        total.update(usage)
+    told = f"{int(total['requests']):,} asked, {int(total['cached']):,} known before"
+    if not any("cost_usd" in usage for usage in usages):
+        return [("Judge and models", plural(int(total["requests"]), "request"), told)]
+    return [("Judge and models", f"${total['cost_usd']:,.2f}", told)]
 
 
 def problems(found: Sequence[str]) -> Safe:
@@ -69,7 +87,11 @@ def nothing_yet() -> Safe:
     return el("p", "No scores yet. They appear here once a checkpoint has been evaluated.", class_="empty")
 
 
-def latest(compared: Sequence[Latest]) -> Safe:
+Links = Mapping[tuple[str, int, str, str], str]
+"""Where the questions behind a score are shown: by the result's ticket, generation and runner, and the benchmark."""
+
+
+def latest(compared: Sequence[Latest], links: Links) -> Safe:
     """Each run's latest scores, and whether they differ from the previous and from the best ones; what fell first."""
     runs = list(dict.fromkeys(item.row.run for item in compared))
     tables = []
@@ -79,18 +101,19 @@ def latest(compared: Sequence[Latest]) -> Safe:
         summary = ", ".join(f"{count} {verdict}" for verdict, count in tally.items())
         about = el("span", f"against the previous checkpoint: {summary}" if summary else "", class_="soft small")
         head = _head("Benchmark", "Step", "Score", "Against the previous checkpoint", "Against the best earlier one")
-        table = _table("", head, [_latest_line(item) for item in mine], label=f"Latest scores of {run}", stack=True)
+        lines = [_latest_line(item, links) for item in mine]
+        table = _table("", head, lines, label=f"Latest scores of {run}", stack=True)
         tables.append(el("details", el("summary", run, "  ", about), table, open=len(runs) <= 2))
     note = el("p", _chance(compared), class_="small soft")
     return el("section", el("h2", "Latest checkpoint"), *tables, note, aria_label="Latest checkpoint")
 
 
-def _latest_line(item: Latest) -> list[Safe]:
+def _latest_line(item: Latest, links: Links) -> list[Safe]:
     row = item.row
     return [
         el("th", _name(row), scope="row"),
         el("td", f"{row.result.step:,}", class_="num", data_label="Step"),
-        el("td", _shown(row.score), _n(row.score), data_label="Score"),
+        el("td", _linked(row, links), _n(row.score), data_label="Score"),
         el("td", *_verdict(item.previous), data_label="Previous"),
         el("td", *_best(item), data_label="Best earlier"),
     ]
@@ -201,9 +224,10 @@ def failed(contents: Contents) -> Safe:
     return el("section", el("h2", "Failed"), table, aria_label="Failed")
 
 
-def scores(table: Sequence[Row]) -> Safe:
+def scores(table: Sequence[Row], links: Links) -> Safe:
     """A table for each run: steps, the latest first, by benchmarks."""
     tables = []
+    judges = {(run, step): change for (run, _, step), change in judge_changes(table).items()}
     for run in dict.fromkeys(row.run for row in table if not row.superseded):
         mine = [row for row in table if row.run == run]
         sizes: dict[tuple[str, str, str, str], set[int]] = {}
@@ -217,21 +241,26 @@ def scores(table: Sequence[Row]) -> Safe:
         cells = {(row.result.step, row.key): row for row in mine}
         points = {row.result.step: row.result for row in mine}
         lines = [
-            [el("th", f"{step:,}", scope="row", class_="num pin", title=points[step].checkpoint),
+            [el("th", f"{step:,}", _judge(judges.get((run, step))), scope="row", class_="num pin",
+                title=points[step].checkpoint),
              _number_cell(billions(points[step].tokens)) if tokens else Safe(""),
-             *(_score_cell(cells.get((step, key)), len(found) > 1) for key, found in sizes.items())]
+             *(_score_cell(cells.get((step, key)), len(found) > 1, links) for key, found in sizes.items())]
             for step in sorted(points, reverse=True)
         ]  # fmt: skip
         tables.append(_table(run, [step_title, token_title, *titles], lines))
     return el("section", el("h2", "All scores"), *tables, aria_label="All scores")
 
 
-def superseded(table: Sequence[Row]) -> Safe:
+def _judge(change: str | None) -> Safe:
+    return el("small", f"judge changed: {change}", class_="detail soft") if change else Safe("")
+
+
+def superseded(table: Sequence[Row], links: Links) -> Safe:
     old = [row for row in table if row.superseded]
     if not old:
         return Safe("")
     lines = [
-        [el("td", row.run), _number_cell(f"{row.result.step:,}"), el("td", _name(row)), _score_cell(row, True)]
+        [el("td", row.run), _number_cell(f"{row.result.step:,}"), el("td", _name(row)), _score_cell(row, True, links)]
         for row in old
     ]
     count = plural(len({(row.run, row.result.step) for row in old}), "earlier checkpoint")
@@ -278,10 +307,17 @@ def _score_title(key: tuple[str, str, str, str], with_suite: bool, sizes: set[in
     return el("th", benchmark, el("small", detail), size, scope="col")
 
 
-def _score_cell(row: Row | None, with_n: bool) -> Safe:
+def _score_cell(row: Row | None, with_n: bool, links: Links) -> Safe:
     if row is None:
         return el("td", NONE, title="no score")
-    return el("td", _shown(row.score), _n(row.score) if with_n else "")
+    return el("td", _linked(row, links), _n(row.score) if with_n else "")
+
+
+def _linked(row: Row, links: Links) -> str:
+    """The score, as a link where its questions are shown."""
+    r, shown = row.result, _shown(row.score)
+    href = links.get((r.ticket, r.generation, r.runner, row.score.benchmark), "")
+    return el("a", shown, href=href) if href else shown
 
 
 def _name(row: Row) -> Safe:
@@ -291,10 +327,10 @@ def _name(row: Row) -> Safe:
 
 
 def _shown(s: Score) -> str:
-    """``0.812 ± 0.013``, or the interval where the standard error is 0 and says nothing."""
-    bounds = interval(s.value, s.stderr, s.n)
-    if s.stderr == 0 and bounds and bounds[0] < bounds[1]:
-        return minus(f"{s.value:.4g} [{bounds[0]:.2g}, {bounds[1]:.2g}]")
+    """``0.812 ± 0.013``, or the interval where the standard error is 0, and says nothing, or not known."""
+    ends = bounds(s)
+    if not s.stderr and ends and ends[0] < ends[1]:
+        return minus(f"{s.value:.4g} [{ends[0]:.2g}, {ends[1]:.2g}]")
     return number(s.value, s.stderr)
 
 

@@ -1,0 +1,166 @@
+"""From reviews to scores: pure functions on what was judged."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from autoeval_hooks.errors import AutoEvalError
+from eval_runner.evaluators.gpt import length
+from eval_runner.evaluators.gpt.records import Judged, Mode
+from eval_runner.results import bootstrap
+from eval_runner.results.schema import Instance, Score
+from eval_runner.results.statistics import mean_stderr
+
+SPLIT = "test"
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A score that is the mean over the reviewed questions of `value`."""
+
+    name: str
+    value: Callable[[Judged], float]
+    higher_is_better: bool | None = None
+
+
+def preference(judged: Judged) -> float:
+    """The mean over both orders of 1 for a win of the checkpoint, 0.5 for a tie, 0 for a loss: 0, 0.25 … 1."""
+    return math.fsum(_verdicts(judged)) / 2
+
+
+def outcome(judged: Judged) -> str:
+    """``win``, ``tie`` or ``loss`` by both orders together; a win in one and a loss in the other are a tie."""
+    p = preference(judged)
+    return "win" if p > 0.5 else "loss" if p < 0.5 else "tie"
+
+
+def _verdicts(judged: Judged) -> list[float]:
+    """What each of the two orders says."""
+    ours, theirs = _points(judged)
+    return [1.0 if a > b else 0.0 if a < b else 0.5 for a, b in zip(ours, theirs, strict=True)]
+
+
+def _points(judged: Judged) -> tuple[tuple[float, float], tuple[float, float]]:
+    """The judge's scores of the checkpoint's answer in both orders, and of the baseline's."""
+    (a1, b1), (b2, a2) = (review.scores for review in judged.reviews)
+    return (a1, a2), (b1, b2)
+
+
+def _only(judged: Judged) -> float:
+    (review,) = judged.reviews
+    (points,) = review.scores
+    return points
+
+
+ANSWER_LENGTH = Metric("answer_length", lambda j: float(len(j.answer.text)))
+PAIRWISE = (
+    Metric("win_rate", preference, True),
+    Metric("score", lambda j: math.fsum(_points(j)[0]) / 2, True),
+    Metric("baseline_score", lambda j: math.fsum(_points(j)[1]) / 2),
+    Metric("wins", lambda j: float(outcome(j) == "win"), True),
+    Metric("ties", lambda j: float(outcome(j) == "tie")),
+    Metric("losses", lambda j: float(outcome(j) == "loss"), False),
+    Metric("position_consistency", lambda j: float(len(set(_verdicts(j))) == 1)),
+    ANSWER_LENGTH,
+)
+SINGLE = (Metric("score", _only, True), ANSWER_LENGTH)
+UNREVIEWED = Metric("unreviewed", lambda j: float(not j.reviewed), False)
+
+
+def scores(judged: Sequence[Judged], name: str, mode: Mode, seed: int = 0) -> tuple[list[Score], list[Instance]]:
+    """The scores of the benchmark `name` and, by category, of ``name.CATEGORY``, with the values behind them.
+
+    An instance's id is ``str(question.id)``. `n` counts all questions in ``unreviewed``, the reviewed ones elsewhere.
+    Intervals are the bootstrap's over questions, seeded by `seed` and the values, whatever the questions' order; where
+    all values are 0 or 1, or alike, it knows no more than `statistics.interval`, and none is given.
+    A category without a reviewed question has ``unreviewed`` only; ``win_rate_lc`` is not there where `length.terms`
+    says that it cannot be told. Raises AutoEvalError where no question at all was reviewed, ValueError for reviews
+    that do not fit the mode.
+    """
+    if not any(j.reviewed for j in judged):
+        raise AutoEvalError(
+            f"{name}: none of its {len(judged)} questions was reviewed: the judge refused, or its replies cannot be "
+            "parsed; read them in the evaluator's log, then mend the prompt file or choose another judge"
+        )
+    ordered = sorted(judged, key=lambda j: str(j.question.id))
+    groups = {name: ordered}
+    for category in sorted({j.question.category for j in ordered}):
+        groups[f"{name}.{category}"] = [j for j in ordered if j.question.category == category]
+    found = [_group(members, benchmark, mode, seed) for benchmark, members in groups.items()]
+    return [s for scored, _ in found for s in scored], [i for _, instances in found for i in instances]
+
+
+def _group(members: Sequence[Judged], benchmark: str, mode: Mode, seed: int) -> tuple[list[Score], list[Instance]]:
+    reviewed = [j for j in members if j.reviewed]
+    metrics = PAIRWISE if mode == "pairwise" else SINGLE
+    ids = [str(j.question.id) for j in reviewed]
+    columns = [_mean(m, [m.value(j) for j in reviewed], ids) for m in metrics] if reviewed else []
+    draws = _seed(seed, benchmark, columns)
+    if reviewed and mode == "pairwise" and (controlled := _controlled(reviewed, ids)):
+        columns.insert(1, controlled)
+    columns.append(_mean(UNREVIEWED, [UNREVIEWED.value(j) for j in members], [str(j.question.id) for j in members]))
+    bounds = _bounds([c for c in columns if c.bootstrapped], draws)
+    scored, instances = [], []
+    for c in columns:
+        value, stderr = mean_stderr(c.values)
+        low, high = bounds.get(c.metric, (None, None))
+        scored.append(Score(benchmark, c.metric, SPLIT, value, len(c.values), stderr, c.higher_is_better, low, high))
+        instances += [Instance(benchmark, c.metric, SPLIT, i, v) for i, v in zip(c.ids, c.values, strict=True)]
+    return scored, instances
+
+
+@dataclass(frozen=True)
+class Column:
+    """One metric over questions: `values`, whose mean is the score, and how it is computed for a resample of them."""
+
+    metric: str
+    higher_is_better: bool | None
+    ids: Sequence[str]
+    values: Sequence[float]
+    resampled: Callable[[Sequence[int]], float]
+
+    @property
+    def bootstrapped(self) -> bool:
+        """Whether resamples tell more than the standard error and Wilson's interval do."""
+        return len(set(self.values)) > 1 and not set(self.values) <= {0.0, 1.0}
+
+
+def _mean(metric: Metric, values: Sequence[float], ids: Sequence[str]) -> Column:
+    n, value = len(values), values.__getitem__
+    return Column(metric.name, metric.higher_is_better, ids, values, lambda places: sum(map(value, places)) / n)
+
+
+def _controlled(reviewed: Sequence[Judged], ids: Sequence[str]) -> Column | None:
+    """The length-controlled win rate. In resamples, too, lengths are measured in their spread over all questions."""
+    preferences = [preference(j) for j in reviewed]
+    lengths = length.terms([len(j.answer.text) - len(j.baseline.text) for j in reviewed if j.baseline is not None])
+    if lengths is None:
+        return None
+    start, preferred, long = length.fit(preferences, lengths), preferences.__getitem__, lengths.__getitem__
+
+    def resampled(places: Sequence[int]) -> float:
+        return length.rate(list(map(preferred, places)), list(map(long, places)), start)
+
+    return Column("win_rate_lc", True, ids, length.values(preferences, lengths), resampled)
+
+
+def _seed(seed: int, benchmark: str, columns: Sequence[Column]) -> str:
+    """The same for the same values, on any machine: nothing is in it that a logarithm or a tangent went into."""
+    content = [seed, benchmark, [(c.metric, c.ids, c.values) for c in columns]]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
+def _bounds(columns: Sequence[Column], seed: str) -> dict[str, tuple[float, float]]:
+    """The 95 % interval of each metric, all from the same resamples."""
+    if not columns:
+        return {}
+    n = len(columns[0].values)
+    drawn: list[list[float]] = [[] for _ in columns]
+    for places in bootstrap.resamples(n, seed):
+        for column, values in zip(columns, drawn, strict=True):
+            values.append(column.resampled(places))
+    return {c.metric: bootstrap.interval(values, n) for c, values in zip(columns, drawn, strict=True)}

@@ -1,0 +1,121 @@
+"""Rate limits, with a clock of our own."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from eval_runner.evaluators.gpt.rates import WINDOW_S, Booking, Rates
+from eval_runner.evaluators.gpt.retry import Failure, asked_wait, back_off
+
+
+class Clock:
+    now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def send(rates: Rates, clock: Clock, tokens: float) -> Booking:
+    """As the client does: wait for as long as it is told."""
+    while not isinstance(found := rates.book(tokens), Booking):
+        assert found > 0
+        clock.now += found + 1e-6
+    return found
+
+
+def test_without_limits_nothing_waits() -> None:
+    rates = Rates(clock=Clock())
+    assert all(isinstance(rates.book(1e9), Booking) for _ in range(1000))
+
+
+def test_requests_a_minute() -> None:
+    rates = Rates(requests=2, clock=(clock := Clock()))
+    times = [send(rates, clock, 1).at - 1000 for _ in range(5)]
+    assert times == pytest.approx([0, 0, 60, 60, 120], abs=1e-3)
+
+
+def test_tokens_a_minute_and_what_is_learnt_of_them() -> None:
+    rates = Rates(tokens=100, clock=(clock := Clock()))
+    first = send(rates, clock, 90)
+    assert rates.book(20) == pytest.approx(60)
+    rates.correct(first, 10)
+    assert isinstance(rates.book(20), Booking)
+    assert rates.book(71) == pytest.approx(60)
+
+
+def test_more_tokens_than_a_minute_may_have_go_alone() -> None:
+    rates = Rates(tokens=100, clock=(clock := Clock()))
+    assert isinstance(rates.book(500), Booking)
+    assert rates.book(1) == pytest.approx(60)
+    clock.now += 60
+    assert isinstance(rates.book(1), Booking)
+    assert rates.book(500) == pytest.approx(60)
+
+
+def test_a_pause_is_for_all_and_is_not_cut_short() -> None:
+    rates = Rates(clock=(clock := Clock()))
+    rates.pause(30)
+    rates.pause(1)
+    assert rates.book(1) == pytest.approx(30)
+    clock.now += 30
+    assert isinstance(rates.book(1), Booking)
+
+
+@given(
+    st.integers(1, 5), st.integers(10, 100), st.lists(st.tuples(st.integers(1, 10), st.floats(0, 40)), max_size=40)
+)
+def test_no_window_has_more(requests: int, tokens: int, sends: list[tuple[int, float]]) -> None:
+    rates, sent = Rates(requests, tokens, clock := Clock()), []
+    for size, pause in sends:
+        clock.now += pause
+        sent.append(send(rates, clock, size))
+    for first in sent:
+        window = [b for b in sent if first.at <= b.at < first.at + WINDOW_S]
+        assert len(window) <= requests
+        assert sum(b.tokens for b in window) <= tokens
+
+
+def test_what_a_service_asks_to_wait() -> None:
+    then = format_datetime(datetime.now(UTC) + timedelta(seconds=100), usegmt=True)
+    assert asked_wait({"retry-after-ms": "250", "retry-after": "7"}) == 0.25
+    assert asked_wait({"retry-after": "7"}) == 7
+    assert asked_wait({"retry-after": then}) == pytest.approx(100, abs=3)
+    assert asked_wait({"retry-after": "Wed, 21 Oct 2015 07:28:00 GMT"}) == 0
+    assert asked_wait({"retry-after-ms": "soon", "retry-after": "3"}) == 3
+    for text in ("", "soon", "nan", "-1", "inf", "31 Feb 2020", "9" * 400):
+        assert asked_wait({"retry-after": text}) is None, text
+
+
+def test_back_off_grows_and_ends() -> None:
+    for tries, most in ((1, 0.5), (2, 1), (4, 4), (20, 60)):
+        waits = [back_off(tries) for _ in range(50)]
+        assert most / 2 <= min(waits) < max(waits) <= most
+
+
+@pytest.mark.parametrize(
+    ("failure", "again"),
+    [
+        (Failure("x"), True), (Failure("x", 500), True), (Failure("x", 599), True), (Failure("x", 429), True),
+        (Failure("x", 408), True), (Failure("x", 409), True), (Failure("x", 429, "insufficient_quota"), False),
+        (Failure("x", 400), False), (Failure("x", 404), False), (Failure("x", 307), False),
+    ],
+)  # fmt: skip
+def test_what_is_tried_again(failure: Failure, again: bool) -> None:
+    assert failure.again is again
+
+
+def test_what_is_refused() -> None:
+    body = {"max_tokens": 1, "temperature": 0, "response_format": {}, "messages": []}
+    assert Failure("use max_completion_tokens", 400).renamed(body)
+    assert not Failure("use max_completion_tokens", 400).renamed({"max_completion_tokens": 1})
+    assert Failure("x", 400, parameter="response_format.json_schema").refuses(body) == "response_format"
+    assert Failure("x", 400, parameter="messages[0].content").refuses(body) == ""
+    assert Failure("bad temperature", 422).refuses(body) == "temperature"
+    assert Failure("bad temperature", 422).refuses({}) == ""
+    assert Failure("temperatures are high", 400).refuses(body) == ""
+    assert Failure("bad temperature", 404).refuses(body) == ""
