@@ -3,7 +3,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 unexport PYTHONDONTWRITEBYTECODE    # compiled modules start in half the time
 
-.PHONY: help helm demo test test-demo test-wandb test-faults test-nfs test-megatron lint clean
+.PHONY: help helm demo test test-demo test-wandb test-gpt test-faults test-nfs test-megatron lint clean
 .DEFAULT_GOAL := help
 
 help:
@@ -11,6 +11,7 @@ help:
 	@echo "make test         lint, types and tests"
 	@echo "make test-demo    the demo as an acceptance test"
 	@echo "make test-wandb  points lost on the way, and a W&B service that is away, hangs or refuses; 5 minutes"
+	@echo "make test-gpt     a judge's client killed again and again, and checkpoints answered by transformers serve; 3 minutes"
 	@echo "make test-faults  a process killed or paused, and every error, at every call into the file system; 5 minutes"
 	@echo "make test-nfs     the queue on a real kernel NFS and through power cuts, in a guest; 10 minutes; see tests/faults/nfs"
 	@echo "make test-megatron  real trainings with Megatron-LM on the CPU"
@@ -39,7 +40,10 @@ test-demo: helm
 	$(BIN)/python -m pytest -m slow tests/acceptance
 
 test-wandb: .venv/.ready
-	$(BIN)/python -m pytest -m slow tests/integration
+	$(BIN)/python -m pytest -m slow tests/integration -k wandb
+
+test-gpt: .venv/.ready
+	$(BIN)/python -m pytest -m slow tests/integration -k "gpt or transformers"
 
 test-faults: .venv/.ready
 	$(BIN)/python -m pytest -m faults tests/faults

@@ -102,7 +102,7 @@ def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
     mark = uuid.uuid4().hex
     for name, value in {MARK: mark, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr("eval_runner.servers.shared.SETTLE_S", 1.0)
+    monkeypatch.setattr("eval_runner.servers.shared.SETTLE_S", 0.2)
     write_files(tmp_path)
     with Judge(lambda body: points(score, body)) as judge, JudgeStandIn(mine) as served:
         yield Lab(tmp_path, judge, served)
@@ -128,6 +128,7 @@ def values(result: Record) -> dict[tuple[str, str], float]:
 # ---------------------------------------------------------------------- the real server
 
 
+@pytest.mark.slow
 def test_with_transformers_serve_in_japanese_and_by_a_chat_template(lab: Lab) -> None:
     """Our Japanese set as a plain prompt would be; a file of questions as a chat. One server answers both, and what the
     win rates are is counted from what the judge was shown."""
@@ -196,21 +197,18 @@ def test_faults_that_pass_change_no_score(lab: Lab, checkpoint: Callable[..., Pa
     assert evaluation.usage["requests"] == 8 + ANCHORS
 
 
-def test_faults_that_stay_fail_the_ticket(lab: Lab, checkpoint: Callable[..., Path]) -> None:
-    """In mid-review, with the right reason each; what was answered before is not asked again."""
-    lab.configure({"type": "gpt"} | lab.entry(judge={"attempts": 2, "concurrency": 1}, max_unreviewed=0.25))
+def test_a_fault_that_stays_fails_the_ticket(lab: Lab, checkpoint: Callable[..., Path]) -> None:
+    """In mid-review, with the right reason; what was answered before is not asked again, and a refusal is no score."""
+    lab.configure({"type": "gpt"} | lab.entry(judge={"concurrency": 1}, max_unreviewed=0.25))
     lab.hand_over(checkpoint(10))
     lab.judge.fault("wrong model", when=about(4))
     assert "configuration: the judge was asked for the model 'judge-1' and answers as 'another-model'" in lab.failure()
-    lab.judge.fault("503", times=2, headers={"Retry-After": "0"}, when=about(4))
-    lab.invoke("retry", "--all")
-    assert "transient: the judge at" in lab.failure()
     lab.judge.fault("refusal", times=2, when=about(4))
     lab.invoke("retry", "--all")
     found = values(lab.run())
     assert (found["questions", "unreviewed"], found["questions", "win_rate"]) == (0.25, 2 / 3)
-    assert len(repeated(lab)) == 3      # of the ones that failed
-    assert all("4 and 4" in content for content in repeated(lab))
+    (again,) = repeated(lab)
+    assert "4 and 4" in again       # the one that failed
 
 
 def test_a_budget_stops_before_it_is_passed_and_goes_on_where_it_stopped(
@@ -238,13 +236,14 @@ def test_a_budget_stops_before_it_is_passed_and_goes_on_where_it_stopped(
 # ---------------------------------------------------------------------- killed anywhere
 
 
+@pytest.mark.slow
 def test_a_runner_that_is_ended_at_random_repeats_nothing_that_was_finished(
     lab: Lab, checkpoint: Callable[..., Path]
 ) -> None:
     """By SIGKILL or SIGTERM, again and again, until one gets through. One request is in flight at a time, to the judge
     or the checkpoint's server: as many may be asked twice as runners were ended, and no more."""
     calm = lab.entry(judge={"concurrency": 1}, answers={"max_tokens": 16, "concurrency": 1})
-    lab.configure({"type": "gpt"} | calm, runner={"lease": 4.0, "max_attempts": 50})
+    lab.configure({"type": "gpt"} | calm, runner={"lease": 2.0, "max_attempts": 50})
     lab.hand_over(checkpoint(10))
     lab.judge.delay = lab.served.delay = 0.1
     chance = random.Random(5)

@@ -19,6 +19,8 @@ import pytest
 from eval_runner.evaluators.gpt.journal import Journal
 from tests.judge_stand_in import JudgeStandIn
 
+pytestmark = pytest.mark.slow
+
 REQUESTS, CONCURRENCY = 40, 4
 NURSERY = """
 import json, os, sys, traceback

@@ -31,6 +31,8 @@ from eval_runner.servers.programs import TransformersServer
 from tests.helm_models import tiny_tokenizer
 from tests.processes import MARK, marked, wait_for
 
+pytestmark = pytest.mark.slow
+
 NAME = "checkpoint-5-0123456789abcdef"
 TEMPLATE = (
     "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"

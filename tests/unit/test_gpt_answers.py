@@ -120,8 +120,8 @@ def served(tmp_path: Path) -> Iterator[Callable[..., answers.Served]]:
 def test_a_question_is_asked_once_by_whatever_name_the_server_goes(served: Callable[..., answers.Served]) -> None:
     asked = answers.requests(QUESTIONS, AnswerSettings(), "plain", "w")
     with JudgeStandIn(lambda body: f" {len(body['prompt'])}\nQuestion: again") as server:
-        answers.collect(served(server), QUESTIONS[:2], asked[:2], AnswerSettings(), 500)
-        answers.collect(served(server, "w@main"), QUESTIONS, asked, AnswerSettings(), 500)
+        answers.collect(served(server), QUESTIONS[:2], asked[:2], 500)
+        answers.collect(served(server, "w@main"), QUESTIONS, asked, 500)
         assert [r.body["model"] for r in server.requests] == ["w", "w", "w@main", "w@main"]
         assert set(server.counts.values()) == {1}
         found = answers.answers(served(server), QUESTIONS, asked, "w", answers.STOP)
@@ -135,7 +135,7 @@ def test_an_answer_of_other_weights_is_none(served: Callable[..., answers.Served
     with JudgeStandIn() as server:
         server.fault("wrong model", times=None)
         with pytest.raises(ConfigError, match="was asked for the model 'w' and answers as 'another-model'"):
-            answers.collect(served(server), QUESTIONS, asked, AnswerSettings(), None)
+            answers.collect(served(server), QUESTIONS, asked, None)
         assert [served(server).known(r) for r in asked] == [None] * 4
 
 
@@ -144,7 +144,7 @@ def test_a_prompt_that_the_server_refuses_names_its_question(served: Callable[..
     with JudgeStandIn() as server:
         server.fault("400", times=None, when=lambda body: "3 and 3" in body["prompt"])
         with pytest.raises(ConfigError, match=r"^question 3 cannot be asked: .*not valid"):
-            answers.collect(served(server), QUESTIONS, asked, AnswerSettings(), None)
+            answers.collect(served(server), QUESTIONS, asked, None)
         assert all(n == 1 for content, n in server.counts.items() if "3 and 3" not in content)
 
 
@@ -153,14 +153,16 @@ def test_an_answer_beyond_the_models_window(served: Callable[..., answers.Served
     asked = answers.requests(QUESTIONS, AnswerSettings(max_tokens=5), "plain", "w")
     with JudgeStandIn(tokens=lambda body, text: (60 if "2 and 2" in body["prompt"] else 59, 5)) as server:
         with pytest.raises(ConfigError, match=r"^question 2: its prompt has 60 tokens and its answer 5, .* 64 in all"):
-            answers.collect(served(server), QUESTIONS, asked, AnswerSettings(max_tokens=5), 64)
-        answers.collect(served(server), QUESTIONS, asked, AnswerSettings(max_tokens=5), 65)
+            answers.collect(served(server), QUESTIONS, asked, 64)
+        with pytest.raises(ConfigError, match=r"^question 2: its prompt has 60 tokens"):    # at another try, all known
+            answers.answers(served(server), QUESTIONS, asked, "w", (), 64)
+        answers.collect(served(server), QUESTIONS, asked, 65)
 
 
 def test_an_empty_answer_is_one_and_an_answer_that_is_gone_is_not(served: Callable[..., answers.Served]) -> None:
     asked = answers.requests(QUESTIONS, AnswerSettings(), "plain", "w")
     with JudgeStandIn(lambda body: "") as server:
-        answers.collect(served(server), QUESTIONS[1:], asked[1:], AnswerSettings(), None)
+        answers.collect(served(server), QUESTIONS[1:], asked[1:], None)
         assert [a.text for a in answers.answers(served(server), QUESTIONS[1:], asked[1:], "w", ())] == [""] * 3
         with pytest.raises(ConfigError, match="question 1: its answer is gone from the cache"):
             answers.answers(served(server), QUESTIONS, asked, "w", ())

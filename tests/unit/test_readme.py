@@ -16,14 +16,24 @@ from autoeval_hooks.config import load as hook_load
 from eval_runner import config as configs
 from eval_runner import registry
 from eval_runner.cli import cli
+from eval_runner.evaluators.gpt import GptEvaluator
+from eval_runner.evaluators.gpt import settings as gpt
+from eval_runner.servers.external import ExternalServer
 from eval_runner.servers.megatron import MegatronServer, Settings
+from eval_runner.servers.programs import VllmServer
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
+def yaml_of(heading: str) -> list[str]:
+    """The YAML blocks of a section."""
+    (section,) = re.findall(rf"^## {heading}\n(.*?)(?=^## )", README, re.DOTALL | re.MULTILINE)
+    return re.findall(r"```yaml\n(.*?)```", section, re.DOTALL)
+
+
 def test_the_configuration_is_right_on_both_sides(tmp_path: Path) -> None:
-    text, _ = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    (text,) = yaml_of("Configure")
     path = tmp_path / "autoeval.yaml"
     path.write_text(text)
     (tmp_path / "held_out.jsonl").write_text('{"text": "some", "id": "1"}\n')
@@ -34,7 +44,7 @@ def test_the_configuration_is_right_on_both_sides(tmp_path: Path) -> None:
 
 
 def test_so_is_what_it_says_of_megatron(tmp_path: Path) -> None:
-    whole, more = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    (whole,), (more,) = yaml_of("Configure"), yaml_of("Megatron-LM")
     whole, more = yamlfile.parse_yaml(whole, "README"), yamlfile.parse_yaml(more, "README")
     path = tmp_path / "autoeval.yaml"
     path.write_text(json.dumps(whole | more | {"runner": whole["runner"] | more["runner"]}))
@@ -45,6 +55,30 @@ def test_so_is_what_it_says_of_megatron(tmp_path: Path) -> None:
     (keys,) = re.findall(r"# (python, mode.*?, start_timeout)", README)
     named = re.findall(r"(\w+)(?: \([^)]*\))?(?:, |$)", keys)
     assert set(named) | set(more["server"]) - {"type"} == {f.name for f in dataclasses.fields(Settings)}
+
+
+def test_so_is_what_it_says_of_the_judge(tmp_path: Path) -> None:
+    (text,) = yaml_of("GPT judge")
+    path = tmp_path / "autoeval.yaml"
+    path.write_text("queue: queue\n" + text)
+    config = configs.load(str(path))
+    (evaluator,) = registry.build_evaluators(config, config.suites["judged"])
+    assert isinstance(evaluator, GptEvaluator)
+    written = yamlfile.parse_yaml(text, "README")["suites"]["judged"]["evaluators"][0]
+    shown = set(re.findall(r"\b([a-z_]+)\b", text))
+    for part, dataclass in ((written, gpt.Settings), (written["answers"], gpt.AnswerSettings),
+                            (written["judge"], gpt.JudgeSettings)):  # fmt: skip
+        keys = {field.name for field in dataclasses.fields(dataclass)}
+        assert set(part) - {"type"} <= keys
+        assert keys - shown <= {"omit"}
+
+
+def test_and_of_the_servers(tmp_path: Path) -> None:
+    (whole,) = yaml_of("Configure")
+    for text, kind in zip(yaml_of("Servers"), (VllmServer, ExternalServer), strict=True):
+        path = tmp_path / "autoeval.yaml"
+        path.write_text(json.dumps(yamlfile.parse_yaml(whole, "README") | yamlfile.parse_yaml(text, "README")))
+        assert isinstance(registry.build_server(configs.load(str(path))), kind)
 
 
 def test_every_option_in_the_commands_table_exists() -> None:

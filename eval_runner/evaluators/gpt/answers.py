@@ -122,26 +122,26 @@ class Served(Asker):
 
 
 def collect(
-    asker: Asker, questions: Sequence[Question], asked: Sequence[Request], settings: AnswerSettings, window: int | None
+    asker: Asker, questions: Sequence[Question], asked: Sequence[Request], window: int | None
 ) -> None:
     """Ask what is not known yet. Raises what `Asker.ask` does, with the question's id where one cannot be answered,
     and ConfigError for a question that does not fit the model's window of so many tokens."""
-
-    def fits(question: Question, reply: Reply) -> None:
-        if window is not None and reply.input_tokens + reply.output_tokens > window:
-            raise ConfigError(
-                f"question {question.id!r}: its prompt has {reply.input_tokens} tokens and its answer "
-                f"{reply.output_tokens}, and the model takes {window} in all; shorten it, or lower answers.max_tokens "
-                f"({settings.max_tokens})"
-            )
-
     try:
         replies = asker.ask(asked)
     except ConfigError:
         _ask_one_by_one(asker, questions, asked)
         replies = asker.ask(asked)
     for question, reply in zip(questions, replies, strict=True):
-        fits(question, reply)
+        _check_window(question, reply, window)
+
+
+def _check_window(question: Question, reply: Reply, window: int | None) -> None:
+    """Some servers go on beyond it, and answer nonsense."""
+    if window is not None and reply.input_tokens + reply.output_tokens > window:
+        raise ConfigError(
+            f"question {question.id!r}: its prompt has {reply.input_tokens} tokens and its answer "
+            f"{reply.output_tokens}, and the model takes {window} in all; shorten it, or lower answers.max_tokens"
+        )
 
 
 def _ask_one_by_one(asker: Asker, questions: Sequence[Question], asked: Sequence[Request]) -> None:
@@ -155,14 +155,17 @@ def _ask_one_by_one(asker: Asker, questions: Sequence[Question], asked: Sequence
 
 
 def answers(
-    asker: Asker, questions: Sequence[Question], asked: Sequence[Request], model: str, stop: Sequence[str]
-) -> list[Answer]:
-    """The answers that are known by now; all of them, or an error names the first that is not."""
+    asker: Asker, questions: Sequence[Question], asked: Sequence[Request], model: str, stop: Sequence[str],
+    window: int | None = None,
+) -> list[Answer]:  # fmt: skip
+    """The answers that are known by now; all of them, or an error names the first that is not, or that went beyond the
+    model's window."""
     found = []
     for question, request in zip(questions, asked, strict=True):
         reply = asker.known(request)
         if reply is None:
             raise ConfigError(f"question {question.id!r}: its answer is gone from the cache; do not empty it meanwhile")
+        _check_window(question, reply, window)
         found.append(Answer(question.id, model, trimmed(reply.text, stop), reply.finish))
     return found
 

@@ -144,7 +144,8 @@ class Work:
     def answered(self) -> list[Answer]:
         """The checkpoint's, all of which are known by now."""
         stop = answers.stops(self.chosen.answers, self.style)
-        return answers.answers(self.checkpoint(), self.inputs.questions, self.asked, self.spec.name, stop)
+        s = self.spec
+        return answers.answers(self.checkpoint(), self.inputs.questions, self.asked, s.name, stop, s.window)
 
     # ------------------------------------------------------------------ judge and baseline
 
@@ -225,7 +226,7 @@ def _is(listed: str, model: str) -> bool:
 
 
 def answer(work: Work) -> None:
-    answers.collect(work.checkpoint(), work.inputs.questions, work.asked, work.chosen.answers, work.spec.window)
+    answers.collect(work.checkpoint(), work.inputs.questions, work.asked, work.spec.window)
 
 
 def review(work: Work) -> None:
