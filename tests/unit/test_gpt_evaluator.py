@@ -206,6 +206,16 @@ def test_what_is_shared_is_asked_once_and_another_checkpoint_is_asked_anew(
     assert (second.evaluation.usage["requests"], second.evaluation.usage["cached"]) == (8, 5)
 
 
+def test_what_an_external_server_answered_counts_for_its_attempt_alone(
+    tmp_path: Path, job: Make, judge: Judge, served: JudgeStandIn
+) -> None:
+    one = evaluator(tmp_path, judge.url)
+    for attempt in (1, 2):
+        one.evaluate(job(server_facts={"server": "external"}))
+        assert len(served.requests) == 4 * attempt
+        assert len(judge.requests) == 13        # the same answers
+
+
 def test_a_changed_file_is_another_result(tmp_path: Path, job: Make, judge: Judge, served: JudgeStandIn) -> None:
     one = evaluator(tmp_path, judge.url)
     first = one.evaluate(job())

@@ -34,6 +34,11 @@ from eval_runner.results.schema import Evaluation
 
 ANCHORS, BASELINE = "anchors", "baseline"
 """Scopes of the journal that all checkpoints share; a checkpoint's own bears its name."""
+ATTEMPT = "answers"
+"""The scope of what counts for this attempt alone; it goes with the attempt's directory."""
+UNPROVEN = "external"
+"""A server of this type may be swapped while it is asked, and that is seen at the end of the attempt: what it answered
+is kept no longer than that."""
 
 
 @dataclass
@@ -88,7 +93,7 @@ class Work:
         return self._journals[scope]
 
     def directory_of(self, scope: str) -> Path:
-        return Path(self.spec.cache) / "gpt" / scope
+        return self.directory / scope if scope == ATTEMPT else Path(self.spec.cache) / "gpt" / scope
 
     def asker(
         self, service: Service, scope: str, *, salt: str = "", what: str = "", part: tuple[float, float] = (0.0, 1.0),
@@ -136,7 +141,8 @@ class Work:
         def progress(done: int, total: int) -> None:
             self.tell(done / max(total, 1), f"answers: {done} of {total}")
 
-        asker = answers.Served(service, self.journal(clean(s.name)), progress=progress)
+        scope = ATTEMPT if s.facts.get("server") == UNPROVEN else clean(s.name)
+        asker = answers.Served(service, self.journal(scope), progress=progress)
         asker.name = s.served.model if s.served else ""
         self._askers.append(asker)
         return asker
