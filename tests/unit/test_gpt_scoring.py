@@ -93,6 +93,12 @@ def test_a_category_with_one_reviewed_question_has_its_scores_without_an_error()
     assert ("general.maths", "win_rate_lc") not in found        # one question tells nothing of lengths
 
 
+def test_one_category_is_no_score_of_its_own_and_a_slash_makes_no_level() -> None:
+    assert {s.benchmark for s in scores([pair(1, WIN, WIN), pair(2, WIN, LOSS)], "set", "pairwise")[0]} == {"set"}
+    two = [pair(1, WIN, WIN, category="a/b"), pair(2, WIN, LOSS, category="common sense")]
+    assert {s.benchmark for s in scores(two, "set", "pairwise")[0]} == {"set", "set.a_b", "set.common_sense"}
+
+
 def test_a_category_without_a_reviewed_question_says_only_that() -> None:
     found = by_name(scores([*HAND, pair(6, None, None, category="law")], "general", "pairwise")[0])
     assert [(m, s.value, s.n) for (b, m), s in found.items() if b == "general.law"] == [("unreviewed", 1.0, 1)]

@@ -14,7 +14,7 @@ from autoeval_hooks.errors import AutoEvalError, CheckpointError, ConfigError
 from eval_runner import environments, process
 from eval_runner.evaluators.base import Context, Job, Limits, Outcome, Parts
 from eval_runner.evaluators.helm import HelmEvaluator
-from eval_runner.evaluators.helm.settings import digest
+from eval_runner.evaluators.written import digest
 from eval_runner.process import Stopped
 
 NAN = "Removing stat m because its value is NaN\n"

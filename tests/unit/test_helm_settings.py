@@ -9,14 +9,8 @@ import pytest
 from autoeval_hooks.errors import ConfigError
 from eval_runner.evaluators.base import Context
 from eval_runner.evaluators.helm import HelmEvaluator, deployment
-from eval_runner.evaluators.helm.settings import (
-    Entry,
-    EntrySettings,
-    benchmark_name,
-    digest,
-    entry_settings,
-    make_entries,
-)
+from eval_runner.evaluators.helm.settings import Entry, EntrySettings, benchmark_name, entry_settings, make_entries
+from eval_runner.evaluators.written import digest
 
 
 @pytest.fixture

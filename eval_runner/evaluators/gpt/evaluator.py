@@ -18,7 +18,7 @@ from eval_runner.evaluators.base import Context, Job, Outcome
 from eval_runner.evaluators.gpt import anchors, files, prompts, settings, spec
 from eval_runner.evaluators.gpt.records import Answer, Reviewer
 from eval_runner.evaluators.gpt.spec import Phase, Spec
-from eval_runner.evaluators.helm.settings import digest, prefixed
+from eval_runner.evaluators.written import digest, prefixed
 
 WORKER = "eval_runner.evaluators.gpt.worker"
 PARTS: dict[Phase, tuple[float, float]] = {"prepare": (0.0, 0.1), "answers": (0.1, 0.5), "review": (0.5, 1.0)}

@@ -18,7 +18,7 @@ from autoeval_hooks.errors import AutoEvalError, ConfigError
 from eval_runner.evaluators.gpt.lines import SHOWN, Line, Problems, kind, read_lines
 from eval_runner.evaluators.gpt.records import Answer, Judged, Mode, Prompt, Question, Reviewer
 from eval_runner.evaluators.gpt.settings import Located
-from eval_runner.evaluators.helm.settings import clean
+from eval_runner.evaluators.written import clean
 
 T = TypeVar("T")
 N = TypeVar("N", int, float)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from autoeval_hooks.errors import AutoEvalError
 from eval_runner.evaluators.gpt import length
 from eval_runner.evaluators.gpt.records import Judged, Mode
+from eval_runner.evaluators.written import clean
 from eval_runner.results import bootstrap
 from eval_runner.results.schema import Instance, Score
 from eval_runner.results.statistics import mean_stderr
@@ -72,7 +73,8 @@ UNREVIEWED = Metric("unreviewed", lambda j: float(not j.reviewed), False)
 
 
 def scores(judged: Sequence[Judged], name: str, mode: Mode, seed: int = 0) -> tuple[list[Score], list[Instance]]:
-    """The scores of the benchmark `name` and, by category, of ``name.CATEGORY``, with the values behind them.
+    """The scores of the benchmark `name` and, where there are several categories, of ``name.CATEGORY``, with the values
+    behind them.
 
     An instance's id is ``str(question.id)``. `n` counts all questions in ``unreviewed``, the reviewed ones elsewhere.
     Intervals are the bootstrap's over questions, seeded by `seed` and the values, whatever the questions' order; where
@@ -88,8 +90,9 @@ def scores(judged: Sequence[Judged], name: str, mode: Mode, seed: int = 0) -> tu
         )
     ordered = sorted(judged, key=lambda j: str(j.question.id))
     groups = {name: ordered}
-    for category in sorted({j.question.category for j in ordered}):
-        groups[f"{name}.{category}"] = [j for j in ordered if j.question.category == category]
+    categories = sorted({j.question.category for j in ordered})
+    for category in categories if len(categories) > 1 else ():
+        groups[f"{name}.{clean(category)}"] = [j for j in ordered if j.question.category == category]
     found = [_group(members, benchmark, mode, seed) for benchmark, members in groups.items()]
     return [s for scored, _ in found for s in scored], [i for _, instances in found for i in instances]
 

@@ -17,7 +17,7 @@ from autoeval_hooks.strict import build, near
 from eval_runner.evaluators.base import Context
 from eval_runner.evaluators.gpt.budget import Price
 from eval_runner.evaluators.gpt.records import Mode
-from eval_runner.evaluators.helm.settings import clean, located, prefixed
+from eval_runner.evaluators.written import clean, located, prefixed
 
 SETS = ("general-en", "general-ja", "general-ko")
 """The built-in question sets."""

@@ -29,7 +29,7 @@ from eval_runner.evaluators.gpt.client import Asker, Service, Usage
 from eval_runner.evaluators.gpt.journal import Journal
 from eval_runner.evaluators.gpt.records import Answer, Judged, Request, Reviewer
 from eval_runner.evaluators.gpt.spec import Spec
-from eval_runner.evaluators.helm.settings import clean
+from eval_runner.evaluators.written import clean
 from eval_runner.results.schema import Evaluation
 
 ANCHORS, BASELINE = "anchors", "baseline"

@@ -14,7 +14,8 @@ from eval_runner import environments
 from eval_runner.evaluators.base import Context, Job, Outcome
 from eval_runner.evaluators.helm import deployment, plan, reason, scores
 from eval_runner.evaluators.helm.place import environment, share_data
-from eval_runner.evaluators.helm.settings import Entry, Settings, clean, digest, located, parse, prefixed
+from eval_runner.evaluators.helm.settings import Entry, Settings, parse
+from eval_runner.evaluators.written import clean, digest, located, prefixed
 from eval_runner.results.schema import Evaluation, Instance, Score
 
 SUITE = "autoeval"

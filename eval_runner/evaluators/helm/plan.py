@@ -13,16 +13,8 @@ from eval_runner import process, scratch
 from eval_runner.evaluators.base import Context
 from eval_runner.evaluators.helm.deployment import INSIDE
 from eval_runner.evaluators.helm.place import environment, share_data
-from eval_runner.evaluators.helm.settings import (
-    Entry,
-    EntrySettings,
-    Settings,
-    digest,
-    entry_settings,
-    located,
-    make_entries,
-    prefixed,
-)
+from eval_runner.evaluators.helm.settings import Entry, EntrySettings, Settings, entry_settings, make_entries
+from eval_runner.evaluators.written import digest, located, prefixed
 
 PLUGIN = "autoeval_helm"
 PROBE_TIMEOUT_S = 300.0

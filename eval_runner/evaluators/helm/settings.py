@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any, Literal
 from autoeval_hooks.errors import ConfigError
 from autoeval_hooks.strict import build
 from eval_runner.evaluators.base import Context
+from eval_runner.evaluators.written import clean, located, prefixed
 
 
 @dataclass(frozen=True)
@@ -75,10 +75,6 @@ def parse(data: dict[str, Any], context: Context) -> Settings:
     return settings
 
 
-def prefixed(context: Context, message: str) -> str:
-    return f"{context.config_file}: {message}" if context.config_file else message
-
-
 def make_entries(
     written: tuple[EntrySettings, ...], where: str, max_priority: int | None, context: Context
 ) -> tuple[Entry, ...]:
@@ -117,27 +113,6 @@ def benchmark_name(description: str) -> str:
         Path(value).stem if key.endswith("path") else value for key, value in arguments.items()
     ]  # fmt: skip
     return ".".join(clean(part) for part in [spec, *values])
-
-
-def located(base_dir: Path, written: str) -> Path:
-    """The absolute path of what the settings write: relative to `base_dir`, `~` is the home directory."""
-    return (base_dir / Path(written).expanduser()).absolute()
-
-
-def clean(text: str) -> str:
-    return re.sub(r"[^A-Za-z0-9._-]+", "_", text).strip("_.") or "_"
-
-
-def digest(path: Path) -> str:
-    """``sha256:…`` of a file, or of the names and digests of all files of a directory but Python's caches."""
-    if path.is_dir():
-        total = hashlib.sha256()
-        files = [p for p in path.rglob("*") if p.is_file() and p.parent.name != "__pycache__"]
-        for file in sorted(files):
-            total.update(f"{file.relative_to(path).as_posix()}\0{digest(file)}\n".encode())
-        return f"sha256:{total.hexdigest()}"
-    with path.open("rb") as file_:
-        return f"sha256:{hashlib.file_digest(file_, 'sha256').hexdigest()}"
 
 
 def _entry(written: EntrySettings, where: str, base_dir: Path) -> Entry:
