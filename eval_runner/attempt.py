@@ -79,9 +79,11 @@ def evaluate(
                 own.mkdir()
                 job = Job(
                     path=checkpoint.path, tokenizer=checkpoint.tokenizer, name=_model_name(ticket), work_dir=own,
-                    step=ticket.manifest.step, trust_remote_code=section.trust_remote_code,
+                    digest=ticket.manifest.digest, step=ticket.manifest.step,
+                    trust_remote_code=section.trust_remote_code,
                     log=Path(f"{log}.{i}-{kind}.log"),
                     endpoint=served.endpoint if served else None,
+                    release=partial(served.release, keep=i + 1 < len(evaluators)) if served else lambda: None,
                     loadable=record is None,
                     max_length=record.seq_length or None if record and served else None,
                     stopping=served.stopping if served else stopping,
@@ -133,7 +135,7 @@ def _no_server(config: Config, checkpoint: str) -> ConfigError:
 
 
 def _model_name(ticket: Ticket) -> str:
-    """Unique for the weights: no cache of any evaluator can take another checkpoint's answers for this one's."""
+    """Unique for the weights; `Job.digest` is for the checkpoint with its configuration and tokenizer."""
     m = ticket.manifest
     readable = re.sub(r"[^A-Za-z0-9._-]", "-", Path(m.path).name).lstrip(".-")[:80]
     return f"{readable or 'checkpoint'}-{m.weights_digest[:16]}"

@@ -56,7 +56,16 @@ def build_evaluators(config: Config, suite: Suite) -> list[Evaluator]:
     """The suite's evaluators, in its order. Raises one ConfigError with what is wrong with any of them."""
 
     where = f"suites.{suite.name}.evaluators"
-    return _build("evaluators", config, suite.evaluators, where, partial(_context, config))
+    built = _build("evaluators", config, suite.evaluators, where, partial(_context, config))
+    first: dict[str, int] = {}
+    for i, evaluator in enumerate(built):
+        name = getattr(evaluator, "benchmark", "")      # of those whose scores all stand under one name
+        if name and first.setdefault(name, i) != i:
+            raise ConfigError(
+                f"{config.path}: {where}[{i}]: its scores have the name {name!r}, as those of {where}[{first[name]}]; "
+                "give it another `name`"
+            )
+    return built
 
 
 def build_server(config: Config) -> Server | None:

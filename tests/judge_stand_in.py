@@ -53,9 +53,10 @@ ONLY_WITH = ("max_tokens", "temperature", "response_format")
 class Fault:
     """What goes wrong with the next `times` requests that it is for (None: with all of them). `kind` is a key of
     ERRORS (`text` is shown for the key), or ``timeout`` (silence for `seconds`), ``trickle`` (a blank now and then for
-    `seconds`), ``reset`` (closed without an answer), ``cut`` (closed in the middle of the body), ``invalid`` (a body
-    that is no JSON), ``html``, ``no choices``, ``refusal``, ``content_filter``, ``null`` (no content), ``parts``,
-    ``wrong model``, ``no usage``, ``error in 200``, ``echo key``, ``surrogate`` (half of a pair), ``redirect``
+    `seconds`), ``trickle headers`` (a header now and then), ``reset`` (closed without an answer), ``cut`` (closed in
+    the middle of the body), ``invalid`` (a body that is no JSON), ``html``, ``no choices``, ``refusal``,
+    ``content_filter``, ``null`` (no content), ``parts``, ``wrong model``, ``no usage``, ``error in 200``,
+    ``echo key``, ``surrogate`` (half of a pair), ``redirect``
     (`text` is where to)."""
 
     kind: str
@@ -346,6 +347,12 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n")
             for _ in range(int(fault.seconds * 10)):
                 self.wfile.write(b"1\r\n \r\n")
+                time.sleep(0.1)
+            return self._cut(b"")
+        if fault and kind == "trickle headers":
+            self.wfile.write(b"HTTP/1.1 200 OK\r\n")
+            for i in range(int(fault.seconds * 10)):
+                self.wfile.write(b"X-%d: x\r\n" % i)
                 time.sleep(0.1)
             return self._cut(b"")
         if kind == "invalid":

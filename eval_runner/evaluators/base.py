@@ -53,11 +53,13 @@ class Job:
     """One checkpoint to evaluate.
 
     `path` is a verified directory in Hugging Face layout, `tokenizer` likewise; `name` is unique for
-    these weights (it holds their digest), so that no cache of any evaluator can mistake them; `step` is the step of
-    training.
+    these weights (it holds their digest), so that no cache of any evaluator can mistake them; `digest` stands for all
+    files of the checkpoint, as what is answered depends on its configuration, tokenizer and chat template, too. `step`
+    is the step of training.
     `endpoint` is None where nothing serves the checkpoint. Else calling it starts the ticket's one server, if it does
-    not run yet, and says where it answers. Without `loadable`, `path` is of no use to an evaluator, which must ask
-    the server; `max_length` is how many tokens fit then.
+    not run yet, and says where it answers; `release` says that it is needed no more, and raises why it failed, if it
+    did: it ends, unless another evaluator follows, and what becomes of it is no reason to stop. Without `loadable`,
+    `path` is of no use to an evaluator, which must ask the server; `max_length` is how many tokens fit then.
     `facts` says by what the checkpoint was converted, `server_facts` by what it is served: they belong to the result's
     versions, and to the key of every part of it; `server_facts` only where the evaluator asks the server.
     `work_dir` is empty, private to this attempt, and removed after it.
@@ -72,8 +74,10 @@ class Job:
     name: str
     work_dir: Path
     log: Path
+    digest: str = ""
     step: int = 0
     endpoint: Callable[[], Endpoint] | None = None
+    release: Callable[[], None] = lambda: None
     loadable: bool = True
     max_length: int | None = None
     facts: dict[str, str] = field(default_factory=dict)

@@ -24,6 +24,11 @@ def clean(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._-]+", "_", text).strip("_.") or "_"
 
 
+def label(text: str) -> str:
+    """As `clean`, with the letters of all scripts: where people read it, and no file has that name."""
+    return re.sub(r"[^\w.-]+", "_", text).strip("_.") or "_"
+
+
 def digest(path: Path) -> str:
     """``sha256:…`` of a file, or of the names and digests of all files of a directory but Python's caches."""
     if path.is_dir():

@@ -16,7 +16,8 @@ COLUMNS = ("run", "step", "suite", "benchmark", "metric", "split", "value", "std
 
 
 def write(results: Iterable[Result], path: Path) -> None:
-    """Replace the file `path` by one row for each score of the ok results, numbers with full precision.
+    """Replace the file `path` by one row for each score of the ok results, numbers with full precision, sorted by run,
+    suite, benchmark, metric, split and step.
 
     `stderr` is empty where it is unknown; so are `low` and `high`, the ends of the 95 % interval
     (`statistics.bounds`). `eval_runner.results.series` says what a name with an ``@`` means.
@@ -24,7 +25,7 @@ def write(results: Iterable[Result], path: Path) -> None:
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(COLUMNS)
-    for row in rows(results):
+    for row in sorted(rows(results), key=lambda row: (row.run, *row.key, row.result.step)):
         s = row.score
         error = "" if s.stderr is None else repr(s.stderr)
         low, high = ("", "") if (ends := bounds(s)) is None else map(repr, ends)

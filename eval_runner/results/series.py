@@ -24,13 +24,15 @@ ANCHORS = "judge_anchors"
 
 @dataclass(frozen=True)
 class Row:
-    """One score with the names it goes by. `superseded`: its checkpoint was written again later."""
+    """One score with the names it goes by. `superseded`: its checkpoint was written again later. `place` sorts a
+    benchmark's metrics as its evaluator gives them."""
 
     run: str
     suite: str
     result: Result
     score: Score
     superseded: bool
+    place: int
 
     @property
     def key(self) -> tuple[str, str, str, str]:
@@ -39,7 +41,8 @@ class Row:
 
 
 def rows(results: Iterable[Result]) -> list[Row]:
-    """All scores of the ok results, sorted by run, suite, benchmark, metric, split and step."""
+    """All scores of the ok results, sorted by run, suite, benchmark, metric and split, which stand as in the last
+    result, and step."""
     ok = sorted((r for r in results if r.status == "ok"), key=lambda r: (r.finished_at, r.generation, r.ticket))
     runs = run_names(ok)
     last_definition = {r.suite: definition(r) for r in ok}
@@ -47,12 +50,16 @@ def rows(results: Iterable[Result]) -> list[Row]:
         (r.run.id, definition(r), r.step): r.checkpoint_digest for r in sorted(ok, key=lambda r: r.saved_at)
     }
     out: list[Row] = []
-    for r in ok:
+    places: dict[tuple[str, str, str, str], int] = {}
+    for r in reversed(ok):
         superseded = last_checkpoint[r.run.id, definition(r), r.step] != r.checkpoint_digest
         run = runs[r.run.id] + (f"@{r.checkpoint_digest[:8]}" if superseded else "")
         suite = r.suite + (f"@{definition(r)[:8]}" if last_definition[r.suite] != definition(r) else "")
-        out.extend(Row(run, suite, r, s, superseded) for s in r.scores)
-    return sorted(out, key=lambda row: (row.run, *row.key, row.result.step))
+        for s in r.scores:
+            place = places.setdefault((suite, s.benchmark, s.metric, s.split), len(places))
+            out.append(Row(run, suite, r, s, superseded, place))
+    out.reverse()
+    return sorted(out, key=lambda row: (row.run, *row.key[:2], row.place, row.result.step))
 
 
 def definition(result: Result) -> str:

@@ -112,7 +112,7 @@ def _check_scores(result: Result) -> None:
             if (key := (s.benchmark, s.metric, s.split)) in seen:
                 raise ConfigError(
                     f"suite {result.suite}: score {title(s)} is given twice;"
-                    " take the benchmark out of one of its evaluators"
+                    " take the benchmark out of one of its evaluators, or give that one a `name`"
                 )
             seen.add(key)
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from autoeval_hooks.errors import CheckpointError, ConfigError
 from autoeval_hooks.strict import build
-from eval_runner.servers import interpreter, launch
+from eval_runner.servers import contents, interpreter, launch
 from eval_runner.servers import megatron_arguments as arguments
 from eval_runner.servers.base import Endpoint, Serving
 from eval_runner.servers.megatron_checkout import commit, number, version
@@ -98,8 +98,9 @@ class MegatronServer:
         return checkpoint.megatron is not None
 
     def facts(self, checkpoint: Servable) -> dict[str, str]:
-        """Versions and settings; torch and the commit as the last `check` found them. Raises ConfigError for a
-        checkpoint of a newer Megatron, or of another layout."""
+        """Versions and settings, with the content of files that these name and of the tokenizer; torch and the commit
+        as the last `check` found them. Raises ConfigError for a checkpoint of a newer Megatron, or of another layout.
+        """
         record = _record(checkpoint)
         tensor, pipeline = self._parallel(checkpoint, record)
         ours = version(self._checkout, self._where)
@@ -118,8 +119,13 @@ class MegatronServer:
         found |= {name: said for name, said in (("torch", torch), ("megatron commit", head)) if said}
         if self._settings.arguments or self._settings.script:       # both can change what is answered
             content = self._script.read_bytes() if self._settings.script and self._script.is_file() else b""
-            told = json.dumps([self._settings.arguments, hashlib.sha256(content).hexdigest() if content else ""])
-            found["server settings"] = hashlib.sha256(told.encode()).hexdigest()[:16]
+            told = [contents.of_arguments(self._settings.arguments, self._where), hashlib.sha256(content).hexdigest()]
+            found["server settings"] = contents.digest(told)
+        # A path of training's is this host's here; what stands there counts.
+        said = {name: value for name, value in record.tokenizer.items() if not os.path.isabs(value)}
+        files = [file.digest for file in record.tokenizer_files]
+        theirs = contents.of_tokenizer(checkpoint.tokenizer)
+        found["server tokenizer"] = contents.digest([record.tokenizer_type, said, files, theirs])
         return found
 
     def start(self, serving: Serving) -> launch.Process:

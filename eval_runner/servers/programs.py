@@ -6,7 +6,6 @@ the server itself says that name: no server that was left over from another chec
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -14,21 +13,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from autoeval_hooks import manifest
 from autoeval_hooks.errors import AutoEvalError, ConfigError
 from autoeval_hooks.strict import build
-from eval_runner.servers import gpus, interpreter, launch
+from eval_runner.servers import contents, gpus, interpreter, launch
 from eval_runner.servers.base import Endpoint, Serving
 
 if TYPE_CHECKING:
     from eval_runner.checkpoints.base import Servable
     from eval_runner.evaluators.base import Context
 
-TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "*.tiktoken", "chat_template*",
-)  # fmt: skip
-"""What makes a tokenizer, where it is another directory's than the checkpoint's."""
 QUIET = {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "PYTHONUNBUFFERED": "1"}
 """Everything is here: nothing is looked for on a hub, and nobody is told."""
 KEYS = ("VLLM_API_KEY",)
@@ -186,15 +179,14 @@ class ProgramServer:
         return checkpoint.megatron is None
 
     def facts(self, checkpoint: Servable) -> dict[str, str]:
-        """Versions and settings, and the content of a tokenizer that is not the checkpoint's."""
+        """Versions and settings, with the content of files that these name and of a tokenizer that is not the
+        checkpoint's."""
         found = {"server": self.program.name, "gpus": str(self._gpus())}
         found |= {name: version for name, version in self._asked().versions.items() if version}
         if self._settings.arguments:
-            found["server settings"] = _digest(list(self._settings.arguments))
+            found["server settings"] = contents.of_arguments(self._settings.arguments, self._where)
         if checkpoint.tokenizer != checkpoint.path:
-            directory = str(checkpoint.tokenizer)
-            records = [manifest.record(directory, name) for name in manifest.model_files(directory)]
-            found["server tokenizer"] = _digest([[r.path, r.digest] for r in records if _is_tokenizers(r.path)])
+            found["server tokenizer"] = contents.digest(contents.of_tokenizer(checkpoint.tokenizer))
         return found
 
     def start(self, serving: Serving) -> Running:
@@ -315,13 +307,9 @@ def _link(serving: Serving) -> Path:
     made.mkdir()
     for directory, tokenizers in ((path, False), (tokenizer, True)):
         for entry in directory.iterdir():
-            if _is_tokenizers(entry.name) is tokenizers:
+            if contents.is_tokenizers(entry.name) is tokenizers:
                 (made / entry.name).symlink_to(entry)
     return made
-
-
-def _is_tokenizers(name: str) -> bool:
-    return any(Path(name).match(pattern) for pattern in TOKENIZER_FILES)
 
 
 def _environment(present: Sequence[gpus.Gpu], names: Sequence[str]) -> dict[str, str]:
@@ -333,10 +321,6 @@ def _environment(present: Sequence[gpus.Gpu], names: Sequence[str]) -> dict[str,
 def _flag(argument: str) -> str:
     """`--max_model_len=4` → `--max-model-len`."""
     return argument.partition("=")[0].replace("_", "-")
-
-
-def _digest(told: list[Any]) -> str:
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 
 def _parse(data: dict[str, Any], program: Program, key: str, where: str) -> Settings:

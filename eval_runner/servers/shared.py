@@ -1,4 +1,4 @@
-"""The one server of a ticket: started when an evaluator first asks for it, shared by all, ended after the last."""
+"""The one server of a ticket: started when an evaluator first asks for it, shared by all, ended once none needs it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ log = logging.getLogger("autoeval")
 
 
 class Shared:
-    """A context manager. `endpoint` and `stopping` are for the evaluators' jobs."""
+    """A context manager. `endpoint`, `release` and `stopping` are for the evaluators' jobs."""
 
     def __init__(self, server: Server, serving: Serving) -> None:
         self._server = server
@@ -26,18 +26,19 @@ class Shared:
         self._lock = threading.Lock()
         self._running: Running | None = None
         self._failed: AutoEvalError | None = None
+        self._released = False      # the evaluator that works needs it no more
 
     def __enter__(self) -> Shared:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._running is not None:
-            self._running.close()
+        self._close()
 
     def endpoint(self) -> Endpoint:
         """Where the server answers; it is started if it was not. Raises what `Server.start` does, and why the server
         died if it did."""
         with self._lock:
+            self._released = False
             if failure := self._failed or (self._running and self._running.failure()):
                 raise failure
             if self._running is None:
@@ -49,14 +50,24 @@ class Shared:
                     raise
             return self._running.endpoint
 
+    def release(self, *, keep: bool) -> None:
+        """The evaluator that works needs the server no more: what becomes of it is none of its business. It is ended
+        unless another evaluator follows (`keep`). Raises why it failed, if it did, after a last look."""
+        self._raise_failure(SETTLE_S, None)
+        self._released = True
+        if not keep:
+            self._close()
+
     def stopping(self) -> bool:
-        """Whether evaluators must end: the attempt must, or the server died."""
-        return self._serving.stopping() or (self._running is not None and self._running.failure() is not None)
+        """Whether evaluators must end: the attempt must, or the server died that is still needed."""
+        running = None if self._released else self._running
+        return self._serving.stopping() or (running is not None and running.failure() is not None)
 
     @contextlib.contextmanager
     def answering(self) -> Iterator[None]:
         """While an evaluator works. A server that died is the reason, whatever the evaluator made of it; one that was
-        ended because the attempt must stop is none."""
+        ended because the attempt must stop is none, nor is one that was released before."""
+        self._released = False
         try:
             yield
         except Exception as error:
@@ -66,7 +77,15 @@ class Shared:
             raise
         self._raise_failure(SETTLE_S, None)
 
+    def _close(self) -> None:
+        with self._lock:
+            if self._running is not None:
+                self._running.close()
+                self._running = None
+
     def _raise_failure(self, wait: float, cause: Exception | None) -> None:
+        if self._released:
+            return
         failure = self._failed or (self._running.failure(wait) if self._running else None)
         if failure is not None and failure is not cause:
             raise failure from cause

@@ -1,15 +1,17 @@
 """A stand-in judge: no model, but a server that speaks OpenAI's API, so that the example runs without an account.
 
-It is shown two lines of code, as the real judge is, and gives each a score by how much of it agrees, character for
-character, with the line that really follows. With an API key use a real judge; see README.md.
+It is shown two lines of code, as the real judge is, and gives each a score by the names that it has in common with
+the line that really follows. Keywords, punctuation and letters do not count: they are so common that the same few
+characters after every question would win against many lines. With an API key use a real judge; see README.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import difflib
 import json
+import keyword
 import re
+from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -20,18 +22,31 @@ PARTS = re.compile(r"<code>\n(.*)\n</code>.*<line_1>\n(.*)\n</line_1>.*<line_2>\
 """How prompts.jsonl puts the code and the two lines."""
 
 
-def agreement(answer: str, reference: str) -> float:
-    """From 1, nothing in common, to 10, the same."""
-    ratio = difflib.SequenceMatcher(None, answer.strip(), reference.strip(), autojunk=False).ratio()
-    return round(1 + 9 * ratio, 2)
+COMMON = {*keyword.kwlist, "self"}
+"""Words that say nothing about what a line does."""
+
+
+def names(line: str) -> Counter[str]:
+    return Counter(word for word in re.findall(r"[^\W\d]\w*", line) if word not in COMMON)
+
+
+def score(answer: str, reference: str) -> float:
+    """10 for the line itself, 1 for none; else from 2, no name in common, to 9, the same names: their F1."""
+    if answer.strip() == reference.strip():
+        return 10
+    if not answer.strip():
+        return 1
+    written, right = names(answer), names(reference)
+    either = written.total() + right.total()
+    return round(2 + 7 * 2 * (written & right).total() / either, 2) if either else 2
 
 
 def review(prompt: str, references: dict[str, str]) -> str:
     found = PARTS.search(prompt)
     if found is None or found[1] not in references:
         return f"{NAME}: this is no question of the file that it knows the answers of"
-    first, second = (agreement(answer, references[found[1]]) for answer in (found[2], found[3]))
-    explanation = f"{NAME}: how much of each line agrees with the one that really follows: {references[found[1]]}"
+    first, second = (score(answer, references[found[1]]) for answer in (found[2], found[3]))
+    explanation = f"{NAME}: which names each line shares with the one that really follows: {references[found[1]]}"
     return json.dumps({"explanation": explanation, "score_1": first, "score_2": second})
 
 
@@ -40,6 +55,9 @@ class Handler(BaseHTTPRequestHandler):
     references: dict[str, str]
 
     def do_GET(self) -> None:
+        if self.path != "/v1/models":
+            self.answer(404, {"error": {"message": f"{self.path}: no such path"}})
+            return
         model = {"id": NAME, "object": "model", "created": 0, "owned_by": "the example"}
         self.answer(200, {"object": "list", "data": [model]})
 

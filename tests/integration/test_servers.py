@@ -374,6 +374,7 @@ def test_one_server_is_started_for_all_evaluators_of_a_ticket(site: Site) -> Non
     assert (job.loadable, job.step, job.facts) == (False, 10, {})
     assert result(site).evaluations[0].versions["megatron"] == "0.19.2"
     assert job.max_length is None       # nobody said how many tokens fit
+    assert job.digest == result(site).checkpoint_digest
     assert job.tokenizer == site.directory / "tokenizer"
 
 
@@ -444,6 +445,35 @@ def test_a_server_that_dies_in_mid_evaluation_is_the_reason(site: Site, how: str
         f"log: {site.log}"
     )
     assert seen == ([True] if how == "stopping" else [])
+
+
+def test_a_server_that_was_released_is_nobodys_reason(site: Site) -> None:
+    """It goes on for the next evaluator; the last goes on without it."""
+    alive: list[list[int]] = []
+
+    def during(job: Job, endpoint: Endpoint) -> None:
+        job.release()
+        alive.append([pid for pid in marked(site.mark) if pid != os.getpid()])
+        assert job.run([sys.executable, "-c", "pass"], env=None) == 0
+
+    first, second = Asker(during), Asker(during)
+    assert site.run(first, second).done == 1
+    assert first.urls == second.urls
+    assert [pids != [] for pids in alive] == [True, False]
+
+
+def test_the_end_of_a_server_that_was_released_changes_nothing(site: Site) -> None:
+    def during(job: Job, endpoint: Endpoint) -> None:
+        job.release()
+        ask(endpoint, "/exit")
+        wait_for(lambda: [pid for pid in marked(site.mark) if pid != os.getpid()] == [])
+        assert not job.stopping()
+        assert job.run([sys.executable, "-c", "pass"], env=None) == 0
+
+    runner = site.run(Asker(during), Asker())
+    assert (runner.done, runner.failed) == (0, 1)       # the second one needed it
+    assert "RuntimeError: the engine is gone" in site.failure()
+    assert len(starts(site.log)) == 1
 
 
 def test_a_server_that_died_is_started_again_for_the_next_attempt(site: Site) -> None:

@@ -266,6 +266,42 @@ def test_a_swap_is_seen_at_the_end_at_the_latest(
             fake.names = [OTHER]
 
 
+def test_a_swap_after_the_release_is_nobodys_reason(fake: Fake, serving: Serving, tmp_path: Path) -> None:
+    """But where the next evaluator needs the server again."""
+    with Shared(build(tmp_path, {"url": fake.url}), serving) as shared:
+        with shared.answering():
+            shared.endpoint()
+            shared.release(keep=True)
+            fake.names = [OTHER]
+            assert shared._running is not None
+            failure(shared._running)
+            assert not shared.stopping()
+        with pytest.raises(AutoEvalError, match="swapped in mid-evaluation"), shared.answering():
+            assert shared.stopping()
+
+
+def test_nothing_is_asked_after_the_last_release(fake: Fake, serving: Serving, tmp_path: Path) -> None:
+    with Shared(build(tmp_path, {"url": fake.url}), serving) as shared, shared.answering():
+        shared.endpoint()
+        shared.release(keep=False)
+        time.sleep(0.1)
+        before = len(fake.asked)
+        time.sleep(0.2)
+        assert len(fake.asked) == before
+
+
+def test_a_swap_is_seen_at_the_release(
+    fake: Fake, serving: Serving, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(external, "WATCH_S", 600)
+    with Shared(build(tmp_path, {"url": fake.url}), serving) as shared:
+        shared.endpoint()
+        fake.names = [OTHER]
+        with pytest.raises(AutoEvalError, match="swapped in mid-evaluation"):
+            shared.release(keep=True)
+        assert shared.stopping()
+
+
 def test_nothing_is_asked_after_the_end(start: Callable[..., Running], fake: Fake) -> None:
     start().close()
     time.sleep(0.1)

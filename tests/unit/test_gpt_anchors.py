@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from autoeval_hooks.errors import AutoEvalError, ConfigError
+from autoeval_hooks.errors import ConfigError
 from eval_runner.evaluators.gpt import anchors, reviews
 from eval_runner.evaluators.gpt.anchors import Version
 from eval_runner.evaluators.gpt.records import Answer, Judged, Question, Review
@@ -72,11 +72,11 @@ def test_once_for_each_version(pairs: tuple[anchors.Anchor, ...], panel: Callabl
         for _ in range(2):
             version = anchors.first_look(panel(judge), pairs, REVIEWER)
             assert version == Version("judge-1", "judge-1-2026-01-01")
-            found = anchors.judged(panel(judge, version.reported), pairs, REVIEWER)
+            found = anchors.judged(panel(judge, version.reported), pairs, REVIEWER, "here")
         assert len(judge.requests) == 1 + 8
         judge.version = "judge-1-2026-02-02"
         assert anchors.first_look(panel(judge), pairs, REVIEWER) == version     # no more than a first look
-        again = anchors.judged(panel(judge, "judge-1-2026-02-02"), pairs, REVIEWER)
+        again = anchors.judged(panel(judge, "judge-1-2026-02-02"), pairs, REVIEWER, "here")
         assert len(judge.requests) == 1 + 8 + 8
     assert {r.judge for j in again for r in j.reviews} == {"judge-1-2026-02-02"}
     ((score,), instances) = anchors.score(found, "set")
@@ -88,13 +88,16 @@ def test_once_for_each_version(pairs: tuple[anchors.Anchor, ...], panel: Callabl
     assert [i.value for i in instances] == [1.0, 1.0, 0.5, 0.5]
 
 
-def test_pairs_that_nobody_reviewed_are_no_score(
+def test_pairs_that_nobody_reviewed_are_a_mistake(
     pairs: tuple[anchors.Anchor, ...], panel: Callable[..., Panel]
 ) -> None:
-    with Judge(lambda body: "no idea") as judge:
-        found = anchors.judged(panel(judge), pairs, REVIEWER)
-    with pytest.raises(AutoEvalError, match=r"set\.judge_anchors: none of its 4"):
-        anchors.score(found, "set")
+    said = r"here\.anchors: none of the 4 anchor pairs was reviewed: 0 reviews refused, 8 unparsable, such as 'no idea "
+    with Judge(lambda body: "no idea") as judge, pytest.raises(ConfigError, match=said) as caught:
+        anchors.judged(panel(judge), pairs, REVIEWER, "here")
+    assert str(caught.value).endswith("; write `anchors: none`, or choose another judge")
+    with Judge(lambda body: points(first_two, body) if "Say 1." in str(body) else "no idea") as judge:
+        found = anchors.judged(panel(judge, "another version"), pairs, REVIEWER, "here")
+    assert [one.reviewed for one in found] == [False, True, False, False]
 
 
 def test_the_version_of_most_reviews_counts() -> None:

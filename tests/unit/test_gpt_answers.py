@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from autoeval_hooks.errors import ConfigError
+from autoeval_hooks.errors import AutoEvalError, ConfigError
 from eval_runner.evaluators.gpt import answers
 from eval_runner.evaluators.gpt.client import Asker
 from eval_runner.evaluators.gpt.journal import Journal
@@ -85,18 +85,19 @@ def test_an_answer_as_it_is_judged(text: str, is_: str) -> None:
     assert answers.trimmed(text, answers.STOP) == is_
 
 
-def test_answers_are_the_weights_and_not_the_ports() -> None:
-    def service(url: str, name: str = "w", **facts: str) -> Any:
+def test_answers_are_the_checkpoints_and_not_the_ports() -> None:
+    def service(url: str, name: str = "w", digest: str = "d", **facts: str) -> Any:
         endpoint = Endpoint(url, "openai", f"{name}@main", "KEY") if url else None
-        return answers.service(endpoint, AnswerSettings(concurrency=3, timeout=5), name, facts, "here")
+        return answers.service(endpoint, AnswerSettings(concurrency=3, timeout=5), name, digest, facts, "here")
 
     one, other = service("http://127.0.0.1:1"), service("http://127.0.0.1:2")
     assert one.identity == other.identity == service("").identity
     assert len({one.identity, service("", "v").identity, service("", server="vllm").identity}) == 3
+    assert service("", digest="e").identity != one.identity     # a chat template that was mended
     assert (one.base_url, one.accept_models, one.api_key_env) == ("http://127.0.0.1:1/v1", ("w@main",), "KEY")
     assert (one.concurrency, one.timeout, one.where) == (3, 5, "here.answers")
     static = answers.service(
-        Endpoint("http://127.0.0.1:1", "megatron", "w"), AnswerSettings(), "w", {"server": "megatron static"}, ""
+        Endpoint("http://127.0.0.1:1", "megatron", "w"), AnswerSettings(), "w", "d", {"server": "megatron static"}, ""
     )
     assert (static.base_url, static.api, static.accept_models) == ("http://127.0.0.1:1", "megatron", ("*",))
 
@@ -105,7 +106,7 @@ def test_answers_are_the_weights_and_not_the_ports() -> None:
 def served(tmp_path: Path) -> Iterator[Callable[..., answers.Served]]:
     def make(server: JudgeStandIn, name: str = "w") -> answers.Served:
         endpoint = Endpoint(server.url.removesuffix("/v1"), "openai", name)
-        service = answers.service(endpoint, AnswerSettings(concurrency=2), "w", {}, "here")
+        service = answers.service(endpoint, AnswerSettings(concurrency=2), "w", "d", {}, "here")
         made.append(answers.Served(service, Journal(tmp_path / "journal")))
         made[-1].name = name
         return made[-1]
@@ -164,8 +165,9 @@ def test_an_empty_answer_is_one_and_an_answer_that_is_gone_is_not(served: Callab
     with JudgeStandIn(lambda body: "") as server:
         answers.collect(served(server), QUESTIONS[1:], asked[1:], None)
         assert [a.text for a in answers.answers(served(server), QUESTIONS[1:], asked[1:], "w", ())] == [""] * 3
-        with pytest.raises(ConfigError, match="question 1: its answer is gone from the cache"):
+        with pytest.raises(AutoEvalError, match="question 1: its answer is gone from the cache") as caught:
             answers.answers(served(server), QUESTIONS, asked, "w", ())
+        assert caught.value.kind == "transient"
 
 
 # ---------------------------------------------------------------------- the baseline

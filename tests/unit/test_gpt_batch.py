@@ -204,6 +204,84 @@ def test_a_batch_is_taken_up_by_its_id(
     assert len(judge.batches) == 1
 
 
+def begun(asker: Callable[..., Asker], monkeypatch: pytest.MonkeyPatch, **more: Any) -> None:
+    """A batch that was created, and its client killed."""
+
+    def killed(seconds: float) -> None:
+        raise Killed
+
+    with monkeypatch.context() as patched:
+        patched.setattr(batch.time, "sleep", killed)
+        with pytest.raises(Killed):
+            asker(**more).ask(QUESTIONS)
+
+
+@pytest.mark.parametrize("lost", ["batch", "file"])
+def test_what_the_service_no_longer_knows_is_asked_again(
+    judge: JudgeStandIn, asker: Callable[..., Asker], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    lost: str,
+) -> None:  # fmt: skip
+    judge.polls = 3
+    judge.tokens = lambda body, text: (10, 20)
+    price = {"price": Price(0.0, 1e6)}
+    begun(asker, monkeypatch, budget=Budget(500), **price)
+    if lost == "batch":
+        judge.batches["batch_0"] = judge.batches.pop("batch_1")
+    else:
+        judge.batches["batch_1"] |= {"status": "completed", "output_file_id": "file-77"}
+    judge.polls = 1
+    assert len(asker(budget=(budget := Budget(500)), **price).ask(QUESTIONS)) == 5
+    assert budget.spent == 250 + 100        # the first one at its upper bound
+    assert "no longer knows the batch batch_1: no such thing; what it did not answer is asked again" in caplog.text
+    assert len(judge.batches) == 2
+    asker(budget=(later := Budget(500)), **price).ask(QUESTIONS)
+    assert later.spent == 350
+    assert len(judge.batches) == 2
+
+
+def test_what_is_left_of_a_batch_is_kept(
+    judge: JudgeStandIn, asker: Callable[..., Asker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of its two files, one is gone."""
+    judge.fault("filtered", when=lambda body: "質問 2" in str(body))
+    judge.polls = 2
+    begun(asker, monkeypatch)
+    look = judge.look("batch_1")
+    assert look
+    look["output_file_id"] = "file-77"
+    judge.polls = 1
+    judge.requests.clear()
+    assert [r.refused for r in asker().ask(QUESTIONS)] == [False, False, True, False, False]
+    assert len(judge.requests) == 4
+
+
+def test_a_service_that_does_not_know_its_own_batches(judge: JudgeStandIn, asker: Callable[..., Asker]) -> None:
+    judge.look = lambda name: None  # type: ignore[method-assign]
+    with pytest.raises(ConfigError, match=r"no longer knows the batch batch_1.* set judge.batch: false"):
+        asker().ask(QUESTIONS)
+    assert len(judge.batches) == 1
+
+
+def test_a_batch_that_is_not_known_at_once(judge: JudgeStandIn, asker: Callable[..., Asker]) -> None:
+    real, looks = judge.look, itertools.count()
+    judge.look = lambda name: real(name) if next(looks) else None  # type: ignore[method-assign]
+    assert len(asker().ask(QUESTIONS)) == 5
+    assert len(judge.batches) == 1
+
+
+def test_answers_that_are_too_long(
+    judge: JudgeStandIn, asker: Callable[..., Asker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr("eval_runner.evaluators.gpt.wire.MOST_FILE_BYTES", 50)
+        with pytest.raises(AutoEvalError, match="more than 50 bytes"):
+            asker().ask(QUESTIONS)
+    judge.reply = lambda body: "x" * 2000 if "質問 1" in str(body) else "x"
+    monkeypatch.setattr("eval_runner.evaluators.gpt.wire.MOST_BYTES", 1000)
+    with pytest.raises(AutoEvalError, match=r"1 requests are not answered after .* more than 1000 bytes"):
+        asker().ask([question(i) for i in range(20, 22)] + [question(1, seed=1)])
+
+
 def test_batches_of_others_are_left_alone(judge: JudgeStandIn, asker: Callable[..., Asker]) -> None:
     journal = Journal(asker().journal.directory)
     for more in ({"service": "another"}, {"keys": "all"}, {"id": None}, {"keys": [["x"]]}, {"asked": 5}):

@@ -19,7 +19,7 @@ from eval_runner.evaluators.gpt.budget import Budget, BudgetReached, Price
 from eval_runner.evaluators.gpt.client import Asker, ParameterRefused, Service
 from eval_runner.evaluators.gpt.journal import Journal
 from eval_runner.evaluators.gpt.records import Reply, Request
-from tests.judge_stand_in import JudgeStandIn
+from tests.judge_stand_in import Fault, JudgeStandIn
 
 KEY = "sk-test-0123456789abcdefghij"
 WHERE = "suites.quick.evaluators[0].judge"
@@ -115,12 +115,69 @@ def test_attempts_end(judge: JudgeStandIn, asker: Callable[..., Asker], kind: st
     assert len(judge.requests) == 3
 
 
-@pytest.mark.parametrize("kind", ["timeout", "trickle"])
+@pytest.mark.parametrize("kind", ["timeout", "trickle", "trickle headers"])
 def test_timeout(judge: JudgeStandIn, asker: Callable[..., Asker], kind: str) -> None:
     judge.fault(kind, seconds=2.0)
     began = time.monotonic()
     asker(timeout=0.3).ask([question(1)])
     assert 0.3 <= time.monotonic() - began < 1.5
+
+
+def exchanges() -> list[threading.Thread]:
+    return [t for t in threading.enumerate() if t.name == "exchange"]
+
+
+def test_a_list_of_models_that_never_ends(judge: JudgeStandIn, asker: Callable[..., Asker]) -> None:
+    judge.fault("trickle", when=lambda body: not body, seconds=5.0)
+    before, began = exchanges(), time.monotonic()
+    with pytest.raises(AutoEvalError, match=r"no whole answer within 0.3 s"):
+        asker(timeout=0.3, attempts=1).models()
+    assert time.monotonic() - began < 1.5
+    while set(exchanges()) - set(before):       # the connection is closed, and nobody reads on
+        assert time.monotonic() - began < 3
+        time.sleep(0.01)
+
+
+def test_a_list_of_models_that_is_too_long(
+    judge: JudgeStandIn, asker: Callable[..., Asker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("eval_runner.evaluators.gpt.wire.MOST_BYTES", 50)
+    with pytest.raises(AutoEvalError, match="more than 50 bytes"):
+        asker(attempts=1).models()
+
+
+class Limited(JudgeStandIn):
+    """Lets one request in `every` seconds through, and tells the others when the next one may come."""
+
+    every = 0.1
+    last = float("-inf")
+
+    def due(self, body: dict[str, Any]) -> Fault | None:
+        with self.lock:
+            if (wait := self.last + self.every - time.monotonic()) > 0:
+                return Fault("429", headers={"retry-after-ms": str(int(wait * 1000) + 5)})
+            self.last = time.monotonic()
+            return None
+
+
+def test_a_429_that_says_when_to_come_back_is_no_attempt(asker: Callable[..., Asker]) -> None:
+    with Limited() as limited:
+        began = time.monotonic()
+        limited_asker = asker(base_url=limited.url, api_key_env=None, concurrency=8, attempts=2)
+        assert len(limited_asker.ask([question(i) for i in range(40)])) == 40
+        assert time.monotonic() - began < 12
+        assert len(limited.requests) < 80       # not all of them at once after every pause: then it is 200
+
+
+def test_a_service_that_only_ever_says_when_to_come_back(
+    judge: JudgeStandIn, asker: Callable[..., Asker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(retry, "LONGEST_WAIT_S", 0.1)
+    judge.fault("429", times=None, headers={"retry-after-ms": "20"})
+    began = time.monotonic()
+    with pytest.raises(AutoEvalError, match="after 3 attempts"):
+        asker(attempts=3).ask([question(1)])
+    assert 0.3 <= time.monotonic() - began < 2
 
 
 @pytest.mark.parametrize("headers", [{"retry-after-ms": "600", "Retry-After": "30"}, {"Retry-After": "1"}])
@@ -252,6 +309,10 @@ def test_the_list_of_models(judge: JudgeStandIn, asker: Callable[..., Asker]) ->
     assert asker().models() == ["judge-1"]
     judge.fault("500", times=2)
     assert asker().models() == ["judge-1"]
+    judge.fault("403", when=lambda body: not body)      # a key may be for asking only
+    assert asker().models() is None
+    judge.fault("html", when=lambda body: not body)
+    assert asker().models() is None
     judge.models = None
     assert asker().models() is None
     judge.key = "another"
@@ -401,17 +462,26 @@ def test_a_redirect_carries_nothing_to_another_host(judge: JudgeStandIn, asker: 
         assert not other.others
 
 
-def test_a_service_without_a_key_is_sent_none(
-    judge: JudgeStandIn, asker: Callable[..., Asker], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("key", [None, "JUDGE_AUTH"])
+def test_what_the_environment_holds_for_openai_is_sent_to_nobody(
+    judge: JudgeStandIn, asker: Callable[..., Asker], monkeypatch: pytest.MonkeyPatch, key: str | None
 ) -> None:
     for name in ("OPENAI_API_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID", "OPENAI_ADMIN_KEY"):
         monkeypatch.setenv(name, "of-another-service")
-    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "X-Mine: of-another-service")
-    judge.key = ""
-    asker(api_key_env=None).ask([question(1)])
-    assert asker(api_key_env=None).models() == ["judge-1"]
-    assert "of-another-service" not in str([judge.requests[0].headers, judge.others[0].headers])
-    assert "authorization" not in judge.requests[0].headers
+    monkeypatch.setenv("OPENAI_CUSTOM_HEADERS", "X-Mine: of-another-service\n"
+                       "Authorization: Bearer of-another-service\nUser-Agent: of-another-service")  # fmt: skip
+    judge.key = KEY if key else ""
+    asker(api_key_env=key).ask([question(1)])
+    assert asker(api_key_env=key).models() == ["judge-1"]
+    asker(api_key_env=key).wire.call(lambda: batch_file(asker(api_key_env=key)))
+    sent = [*judge.requests, *judge.others]
+    assert len(sent) == 3
+    assert "of-another-service" not in str([r.headers for r in sent])
+    assert {r.headers.get("authorization") for r in sent} == {f"Bearer {KEY}" if key else None}
+
+
+def batch_file(asker: Asker) -> Any:
+    return asker.wire.client.files.create(file=("x.jsonl", b"{}"), purpose="batch")
 
 
 def test_this_hosts_own_server_is_asked_past_any_proxy(

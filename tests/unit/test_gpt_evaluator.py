@@ -20,6 +20,7 @@ from eval_runner.evaluators.base import Context, Job
 from eval_runner.evaluators.gpt import GptEvaluator, spec, worker
 from eval_runner.evaluators.gpt import evaluator as evaluators
 from eval_runner.evaluators.gpt.evaluator import WORKER, _window
+from eval_runner.evaluators.gpt.records import Question
 from eval_runner.results.schema import Evaluation
 from eval_runner.servers.base import Endpoint
 from tests.gpt_lab import QUESTIONS, Judge, asked, entry, lines, points, write_files
@@ -60,6 +61,7 @@ def test_what_is_in_order_is_so(tmp_path: Path) -> None:
     ("settings", "says"),
     [
         ({"judge": {"base_url": URL, "api_key_env": "NO_SUCH_KEY"}}, r"judge\.api_key_env: \$NO_SUCH_KEY is not set"),
+        ({"judge": {"base_url": URL, "api_key_env": "gsk_aSecret123"}}, "the variable that it names is not set"),
         ({"judge": {"api_key_env": None, "organization_env": "NO_SUCH"}}, r"organization_env: \$NO_SUCH is not set"),
         ({"question_file": "none.jsonl"}, r"none\.jsonl: there is no such file"),
         ({"budget_usd": 1.0, "judge": {"api_key_env": None, "price": {"input": 1, "output": 1}},
@@ -206,14 +208,55 @@ def test_what_is_shared_is_asked_once_and_another_checkpoint_is_asked_anew(
     assert (second.evaluation.usage["requests"], second.evaluation.usage["cached"]) == (8, 5)
 
 
-def test_what_an_external_server_answered_counts_for_its_attempt_alone(
-    tmp_path: Path, job: Make, judge: Judge, served: JudgeStandIn
+@pytest.mark.parametrize("facts", [{}, {"server": "external"}])
+def test_equal_weights_with_another_template_are_another_checkpoint(
+    tmp_path: Path, job: Make, judge: Judge, served: JudgeStandIn, facts: dict[str, str]
 ) -> None:
     one = evaluator(tmp_path, judge.url)
-    for attempt in (1, 2):
-        one.evaluate(job(server_facts={"server": "external"}))
-        assert len(served.requests) == 4 * attempt
-        assert len(judge.requests) == 13        # the same answers
+    one.evaluate(job(digest="old", server_facts=facts))
+    assert one._spec(job(digest="old")).evaluation != one._spec(job(digest="new")).evaluation
+    served.reply = lambda body: f" other {body['prompt'].split()[3]}"
+    outcome = one.evaluate(job(digest="new", server_facts=facts))
+    assert (len(served.requests), len(judge.requests)) == (8, 13 + 8)
+    shown = [dict(detail.texts)["Answer of the checkpoint"] for detail in outcome.details]
+    assert shown == [f"other {i}" for i in range(1, 5)]
+    one.evaluate(job(digest="old", server_facts=facts))
+    assert (len(served.requests), len(judge.requests)) == (8, 13 + 8)
+
+
+def test_what_an_external_server_answered_is_kept_once_it_was_looked_at_again(
+    tmp_path: Path, job: Make, judge: Judge, served: JudgeStandIn
+) -> None:
+    """A swap that is seen then leaves nothing in the cache; without one, another attempt asks nothing."""
+    one, external = evaluator(tmp_path, judge.url), {"server": "external"}
+
+    def swapped() -> None:
+        raise AutoEvalError("the server was swapped in mid-evaluation")
+
+    with pytest.raises(AutoEvalError, match="was swapped"):
+        one.evaluate(job(server_facts=external, release=swapped))
+    assert (len(served.requests), len(judge.requests)) == (4, 5)
+    assert not (tmp_path / "cache" / "gpt" / "weights-1").exists()
+    starts: list[int] = []
+    for _ in range(2):
+        one.evaluate(job(starts=starts, server_facts=external))
+        assert (len(served.requests), len(judge.requests), starts) == (4 + 4, 13, [1])
+    write_files(tmp_path, [*QUESTIONS, Question(5, "What is 5 and 5?", "sums")])
+    one.evaluate(job(server_facts=external))
+    assert (len(served.requests), len(judge.requests)) == (4 + 4 + 1, 13 + 2)     # only what is new
+    kept = sorted((tmp_path / "cache" / "gpt" / "weights-1").iterdir())
+    assert all(path.suffix == ".jsonl" for path in kept)
+
+
+def test_the_server_is_released_before_the_judge_is_asked(
+    tmp_path: Path, job: Make, judge: Judge, served: JudgeStandIn
+) -> None:
+    """Also where it was not needed: an earlier evaluator may have had it started."""
+    seen: list[tuple[int, int]] = []
+    one = evaluator(tmp_path, judge.url)
+    for _ in range(2):
+        one.evaluate(job(release=lambda: seen.append((len(served.requests), len(judge.requests)))))
+    assert seen == [(4, 5), (4, 13)]
 
 
 def test_a_changed_file_is_another_result(tmp_path: Path, job: Make, judge: Judge, served: JudgeStandIn) -> None:
@@ -238,6 +281,30 @@ def test_a_file_that_changes_meanwhile(tmp_path: Path, job: Make, judge: Judge) 
     with pytest.raises(AutoEvalError, match="its files were changed while it was evaluated") as caught:
         evaluator(tmp_path, judge.url).evaluate(replace(job(), endpoint=endpoint))
     assert caught.value.kind == "transient"
+
+
+def test_questions_that_change_before_the_review(tmp_path: Path, job: Make, judge: Judge) -> None:
+    """Answers that are missing then are no mistake in the configuration; nor is a file that is gone."""
+    one = evaluator(tmp_path, judge.url)
+    for change in (
+        lambda: write_files(tmp_path, [*QUESTIONS, Question(5, "What is 5 and 5?", "sums")]),
+        lambda: (tmp_path / "questions.jsonl").unlink(),
+    ):
+        with pytest.raises(AutoEvalError, match="its files were changed while it was evaluated") as caught:
+            one.evaluate(job(release=change))
+        assert caught.value.kind == "transient"
+
+
+def test_anchors_that_the_judge_cannot_answer_cost_nothing_else(
+    tmp_path: Path, job: Make, judge: Judge, served: JudgeStandIn
+) -> None:
+    starts: list[int] = []
+    judge.reply = lambda body: "8 9" if "ANSWER 1>>>" in str(body) else points(score, body)
+    with pytest.raises(ConfigError, match=r"evaluators\[0\]\.anchors: none of the 2 anchor pairs was reviewed"):
+        evaluator(tmp_path, judge.url).evaluate(job(starts=starts))
+    assert (starts, served.requests) == ([], [])
+    assert all("ANSWER 1>>>" in str(request.body) for request in judge.requests)
+    evaluator(tmp_path, judge.url, anchors="none").evaluate(job())
 
 
 def test_a_new_version_of_the_judge(tmp_path: Path, job: Make, judge: Judge) -> None:
@@ -352,6 +419,25 @@ def test_a_wrong_key_and_a_wrong_model_cost_nothing(
     assert not any("0123456789" in text or "9876543210" in text for text in [*written, str(caught.value)])
     judge.models = None
     evaluator(tmp_path, judge=settings).evaluate(job())
+
+
+def test_a_judge_that_lists_no_models_is_asked_once_before_the_checkpoint_is(
+    tmp_path: Path, job: Make, judge: Judge, served: JudgeStandIn
+) -> None:
+    starts: list[int] = []
+    judge.models = None
+    tie = json.dumps({"explanation": "", "score_1": 5, "score_2": 5})
+    judge.reply = lambda body: tie if "<<<QUESTION" in str(body) else points(score, body)
+    wrong = {"base_url": judge.url.removesuffix("/v1"), "api_key_env": None}
+    with pytest.raises(ConfigError, match="404"):
+        evaluator(tmp_path, anchors="none", judge=wrong).evaluate(job(starts=starts))
+    assert (starts, served.requests) == ([], [])
+    for name in ("weights-1", "weights-2"):
+        evaluator(tmp_path, judge.url, anchors="none").evaluate(job(name))
+    assert len(judge.requests) == 1 + 8 + 8
+    judge.models = ["judge-1"]
+    evaluator(tmp_path, judge.url, anchors="none").evaluate(job("weights-3"))
+    assert len(judge.requests) == 1 + 8 + 8 + 8
 
 
 def test_too_much_that_was_not_reviewed(tmp_path: Path, job: Make, judge: Judge) -> None:

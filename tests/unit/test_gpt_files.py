@@ -234,7 +234,13 @@ def test_mode_reference_needs_references(path: Path) -> None:
 
 def test_categories_have_scores_of_their_own(path: Path) -> None:
     path.write_text(_text(QUESTION | {"category": "数学"}, QUESTION | {"question_id": 2, "category": "物理"}))
-    assert "line 2: category '物理': has the name '_' among the scores, as '数学' has" in _refused(
+    assert [q.category for q in read_questions(path, "single")] == ["数学", "物理"]
+    path.write_text(_text(QUESTION | {"category": "a/b"}, QUESTION | {"question_id": 2, "category": "a b"}))
+    assert "line 2: category 'a b': has the name 'a_b' among the scores, as 'a/b' has" in _refused(
+        lambda: read_questions(path, "single"), path
+    )
+    path.write_text(_text(QUESTION | {"category": "judge_anchors"}))
+    assert "category 'judge_anchors': is the name of the judge's anchors" in _refused(
         lambda: read_questions(path, "single"), path
     )
 

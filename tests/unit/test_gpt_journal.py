@@ -13,6 +13,7 @@ import pytest
 
 from autoeval_hooks.errors import AutoEvalError, ConfigError
 from eval_runner.evaluators.gpt import journal as module
+from eval_runner.evaluators.gpt import wire
 from eval_runner.evaluators.gpt.journal import Journal, key_of
 from eval_runner.evaluators.gpt.records import Reply, Request
 
@@ -50,6 +51,26 @@ def test_a_reply_is_kept_for_other_processes(tmp_path: Path) -> None:
     assert entry
     assert (entry.evaluation, entry.cost) == ("e", 0.5)
     assert later.get("0" * 64) is None
+
+
+def test_the_largest_request_with_the_largest_reply_is_read_again(tmp_path: Path) -> None:
+    body = {"model": "m", "prompt": "あ" * ((module.MAX_REQUEST - 200) // 6)}
+    largest = Request("/completions", body)
+    writer = Journal(tmp_path)
+    # A byte that is no UTF-8 is shown as U+FFFD, which is six characters in ASCII.
+    writer.replied("judge", largest, "", Reply("\ufffd" * wire.MOST_BYTES, False, "stop", "m", 1, 1))
+    assert Journal(tmp_path).get(key_of("judge", largest))
+    with pytest.raises(ConfigError, match="shorten it"):
+        key_of("judge", Request("/completions", body | {"prompt": body["prompt"] * 2}))
+
+
+def test_a_line_that_nobody_would_read_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_LINE", 2000)
+    writer = Journal(tmp_path)
+    with pytest.raises(AssertionError, match="nobody would read"):
+        writer.append({"kind": "batch", "name": "x" * 2000})
+    key = keep(writer, 1)
+    assert Journal(tmp_path).get(key)
 
 
 def test_nothing_is_made_before_something_is_written(tmp_path: Path) -> None:

@@ -24,6 +24,7 @@ CHECKS = {
     41: """
 assert count_vowels("") == 0 and count_vowels("rhythm") == 0
 assert count_vowels("AEIOU and Yes") == 7
+assert count_vowels("\u0130") == 0
 """,
     42: """
 assert second_largest([5, 5, 3]) == 3 and second_largest([1, 9, 4, 9]) == 4 and second_largest([-1, -2]) == -2
@@ -74,6 +75,13 @@ assert raises(build_order, {"a": ["b"], "b": ["a"]}) and raises(build_order, {"a
     50: """
 assert calculate("2 * (3 - 4.5) / -3") == 1.0 and calculate("1 - 2 - 3") == -4.0 and calculate(" 8/4/2 ") == 1.0
 assert calculate("-(2+3)*2") == -10.0 and calculate("2+3*4") == 14.0 and type(calculate("7")) is float
+assert calculate("--3") == 3.0 and calculate("2*- --3") == -6.0 and calculate("\\t-\\n-(1\\r+1)\\n") == 2.0
+for text in ("1/0", "2 / (3 - 3)"):
+    try:
+        calculate(text)
+    except ZeroDivisionError:
+        continue
+    raise AssertionError(text)
 for text in ("", " ", "1 2", "1 +", "(1", "1)", "()", "a", "2 ** 3", "1.", ".5", "+1", "1,5"):
     assert raises(calculate, text), text
 import random

@@ -12,7 +12,7 @@ import pytest
 
 from autoeval_hooks.errors import ConfigError
 from eval_runner.evaluators.gpt import details, reviews
-from eval_runner.evaluators.gpt.records import Judged, Prompt, Question, Review
+from eval_runner.evaluators.gpt.records import Judged, Prompt, Question, Reply, Review
 from eval_runner.evaluators.gpt.reviews import Panel
 from eval_runner.evaluators.gpt.settings import JudgeSettings
 from tests.gpt_lab import JSON, LINE, QUESTIONS, REVIEWER, Judge, answers, asked, points
@@ -97,6 +97,17 @@ def test_a_reply_without_scores_is_asked_for_them_once(panel: Make) -> None:
     assert found[1].reviews[0].scores == ()
     assert found[2].reviews[0].scores == (8.0, 7.0)
     assert found[2].reviews[0].text.startswith("First, let me think.\n\n[asked for the scores only]\n\nFine.\n8,7")
+
+
+@pytest.mark.parametrize(("prompt", "text"), [(LINE, "Fine.\n3, 1"), (JSON, '{"explanation": "", "score_1": 3, "sc')])
+def test_a_reply_that_was_cut_off_gives_no_scores(panel: Make, prompt: Prompt, text: str) -> None:
+    """The last number may have been a 10."""
+    with Judge(lambda body: "") as judge:
+        shown = panel(judge, prompt).shown(QUESTIONS[0], answers("mine")[0], answers("base")[0])
+    reply = Reply(text, refused=False, finish="length", model="judge-1", input_tokens=1, output_tokens=1)
+    assert reviews._read(reply, shown).state == "unparsable"
+    if prompt is LINE:
+        assert reviews._read(replace(reply, finish="stop"), shown).scores == (3.0, 1.0)
 
 
 def test_a_refusal_is_counted_and_not_asked_about(panel: Make) -> None:
@@ -206,11 +217,12 @@ def test_what_people_read_of_a_question() -> None:
     assert (told.benchmark, told.id, told.category, told.outcome) == ("b", "0", "x", "tie")
     assert told.texts == (
         ("Question", "?"), ("Answer of the checkpoint", "mine says 0"), ("Baseline (base)", "base says 0"),
-        ("Reference", "4"), ("Review (first order): 7 : 6", "fine"), ("Review (second order): 7 : 6", "fine"),
+        ("Reference", "4"), ("Review, checkpoint shown first: 7 : 6 (checkpoint : baseline)", "fine"),
+        ("Review, baseline shown first: 7 : 6 (baseline : checkpoint)", "fine"),
     )  # fmt: skip
     told = details.of(bad, "b", "pairwise")
     assert told.outcome == "unreviewed"
-    assert told.texts[-1] == ("Review (second order): refused", "I would\nrather not.")
+    assert told.texts[-1] == ("Review, baseline shown first: refused", "I would\nrather not.")
     alone = replace(good, baseline=None, reviews=(Review("ok", (6.5,), "a\0b", "judge-1"),))
     assert (details.of(alone, "b", "single").outcome, details.of(alone, "b", "single").texts[-1]) == (
         "6.5", ("Review: 6.5", "a\ufffdb")

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from scipy import optimize, stats
 
-from autoeval_hooks.errors import AutoEvalError
+from autoeval_hooks.errors import ConfigError
 from eval_runner.evaluators.gpt import length
 from eval_runner.evaluators.gpt.records import Answer, Judged, Question, Review
 from eval_runner.evaluators.gpt.scoring import outcome, preference, scores
@@ -57,8 +57,8 @@ WIN, TIE, LOSS = (9.0, 4.0), (5.0, 5.0), (2.0, 8.0)
 HAND = [
     pair(1, WIN, WIN, ours=10),
     pair(2, WIN, TIE, ours=20),
-    pair(3, WIN, LOSS, ours=30),
-    pair(4, TIE, LOSS, ours=40, category="maths"),
+    pair(3, WIN, LOSS, ours=130),
+    pair(4, TIE, LOSS, ours=140, category="maths"),
     pair(5, WIN, None, ours=5000, category="maths"),
 ]
 
@@ -72,7 +72,7 @@ def test_each_score_by_hand() -> None:
         "baseline_score": (4 + 4.5 + 6 + 6.5) / 4,
         "wins": 0.5, "ties": 0.25, "losses": 0.25,
         "position_consistency": 0.25,
-        "answer_length": 25.0,
+        "answer_length": 75.0,
         "unreviewed": 0.2,
     }  # fmt: skip
     assert {metric: s.higher_is_better for metric, s in overall.items()} == {
@@ -97,6 +97,8 @@ def test_one_category_is_no_score_of_its_own_and_a_slash_makes_no_level() -> Non
     assert {s.benchmark for s in scores([pair(1, WIN, WIN), pair(2, WIN, LOSS)], "set", "pairwise")[0]} == {"set"}
     two = [pair(1, WIN, WIN, category="a/b"), pair(2, WIN, LOSS, category="common sense")]
     assert {s.benchmark for s in scores(two, "set", "pairwise")[0]} == {"set", "set.a_b", "set.common_sense"}
+    two = [pair(1, WIN, WIN, category="数学"), pair(2, WIN, LOSS, category="文章")]
+    assert {s.benchmark for s in scores(two, "set", "pairwise")[0]} == {"set", "set.数学", "set.文章"}
 
 
 def test_a_category_without_a_reviewed_question_says_only_that() -> None:
@@ -115,8 +117,22 @@ def test_single_and_reference_have_the_judges_points() -> None:
 
 def test_no_reviewed_question_is_an_error_and_never_a_zero() -> None:
     for judged, mode in (([pair(1, None, WIN)], "pairwise"), ([single(1, None)], "single"), ([], "single")):
-        with pytest.raises(AutoEvalError, match=rf"general: none of its {len(judged)} questions was reviewed"):
+        with pytest.raises(ConfigError, match=rf"general: none of its {len(judged)} questions was reviewed"):
             scores(judged, "general", mode)  # type: ignore[arg-type]
+
+
+def test_no_reviewed_question_quotes_a_reply_shortened() -> None:
+    long = Review("unparsable", (), "I think\nthat " + "both " * 50, "judge")
+    judged = replace(pair(1, WIN, None), reviews=(review(9.0, 4.0), long))
+    with pytest.raises(ConfigError) as caught:
+        scores([judged], "general", "pairwise")
+    quoted = ("I think that " + "both " * 50)[:120]
+    assert str(caught.value) == (
+        "general: none of its 1 questions was reviewed: the judge refused, or its replies cannot be parsed, such as "
+        f"'{quoted}…'; mend the prompt file or choose another judge"
+    )
+    with pytest.raises(ConfigError, match=r"cannot be parsed, such as 'I cannot judge this\.'; mend"):
+        scores([pair(1, None, None)], "general", "pairwise")
 
 
 def test_reviews_that_do_not_fit_the_mode_are_an_error() -> None:
@@ -220,11 +236,73 @@ def test_an_interval_covers_the_truth_as_often_as_it_says(n: int, least: float) 
 
 def test_where_all_questions_are_alike_wilsons_interval_stands() -> None:
     """Resamples of twenty wins are twenty wins; that does not make the rate certain."""
-    found = by_name(scores([pair(i, WIN, WIN, ours=i) for i in range(20)], "general", "pairwise")[0])
+    found = by_name(scores([pair(i, WIN, WIN, ours=i, theirs=9) for i in range(20)], "general", "pairwise")[0])
     for metric in ("win_rate", "win_rate_lc", "wins"):
         s = found["general", metric]
         assert (s.value, s.stderr, s.low, s.high) == (1.0, 0.0, None, None)
         assert bounds(s) == wilson(1.0, 20)
+
+
+def ends(judged: Sequence[Judged], metric: str = "win_rate") -> tuple[float, float]:
+    found = bounds(by_name(scores(judged, "general", "pairwise")[0])["general", metric])
+    assert found is not None
+    return found
+
+
+def lost_but(*others: tuple[Points, Points], n: int = 80) -> list[Judged]:
+    """All are lost but these, with lengths on both sides of the baseline's."""
+    pairs = [*others, *[(LOSS, LOSS)] * (n - len(others))]
+    return [pair(i, *reviews, ours=100 + (i % 7) - 3) for i, reviews in enumerate(pairs)]
+
+
+@pytest.mark.parametrize("metric", ["win_rate", "win_rate_lc"])
+def test_a_rare_win_makes_no_interval_narrower(metric: str) -> None:
+    """Of 80 questions, a quarter more than none: resamples knew no more than 0 to 0.0094, less than of none at all."""
+    none, quarter, three = ends(lost_but(), metric), ends(lost_but((TIE, LOSS)), metric), lost_but(*[(TIE, LOSS)] * 3)
+    assert none == wilson(0.0, 80)
+    assert quarter[0] == pytest.approx(0.0, abs=1e-3)
+    assert none[1] < quarter[1] < ends(three, metric)[1] < 0.1
+    rate = by_name(scores(lost_but((TIE, LOSS)), "general", "pairwise")[0])["general", metric].value
+    assert quarter[1] == wilson(rate, 80)[1]
+
+
+def test_where_enough_questions_differ_the_bootstrap_stands_alone() -> None:
+    for count, alone in ((4, False), (5, True)):
+        judged = lost_but(*[(TIE, LOSS)] * count)
+        low, high = ends(judged)
+        theirs = wilson(count / 4 / 80, 80)
+        assert (high < theirs[1]) is alone
+        assert low >= 0
+
+
+def test_two_questions_have_more_than_their_range() -> None:
+    low, high = ends([pair(1, WIN, TIE), pair(2, TIE, LOSS)])
+    assert (low, high) == wilson(0.5, 2)
+    assert low < 0.25
+    assert high > 0.75
+
+
+def test_the_wider_of_both_intervals_is_taken_at_each_end() -> None:
+    low, high = ends([pair(1, WIN, WIN), pair(2, TIE, LOSS), pair(3, LOSS, LOSS)])
+    assert (low, high) == (0.0, 1.0)        # of resamples; Wilson's is 0.085 to 0.846
+    assert wilson(1.25 / 3, 3)[0] > 0
+
+
+def test_ties_alone_are_not_certain() -> None:
+    judged = [pair(i, WIN, LOSS) for i in range(80)]
+    found = by_name(scores(judged, "general", "pairwise")[0])
+    for metric in ("win_rate", "win_rate_lc"):
+        s = found["general", metric]
+        assert (s.value, s.stderr, s.low, s.high) == (0.5, 0.0, *wilson(0.5, 80))
+
+
+@pytest.mark.parametrize("points", [1.0, 7.0])
+def test_points_and_lengths_that_are_all_alike_have_no_interval(points: float) -> None:
+    """1 is the least of the points, and no share."""
+    judged = [replace(single(i, points), answer=Answer(i, "m", "x")) for i in range(1, 9)]
+    for s in scores(judged, "general", "single")[0]:
+        if s.metric != "unreviewed":
+            assert (s.value, s.stderr, bounds(s)) == (points if s.metric == "score" else 1.0, None, None)
 
 
 # ---------------------------------------------------------------------- length control
@@ -267,7 +345,35 @@ def test_terms_are_the_papers() -> None:
     assert length.terms([0, 0, 0]) == [0, 0, 0]
     assert length.terms([7, 7, 7]) is None
     assert length.terms([7]) is None
+    assert length.terms([7, 9, 400]) is None
+    assert length.terms([-7, -9, -400]) is None
+    assert length.terms([0, 9, 400]) is not None
     assert length.terms([0]) == [0]
+
+
+@pytest.mark.parametrize("longer", [900, -900])
+def test_answers_that_are_all_longer_or_all_shorter_have_no_controlled_rate(longer: int) -> None:
+    """The raw win rate would stand there, and call itself controlled."""
+    judged = [pair(i, WIN if i % 3 else LOSS, WIN, ours=1000 + longer + i, theirs=1000) for i in range(40)]
+    assert ("general", "win_rate_lc") not in by_name(scores(judged, "general", "pairwise")[0])
+    other = pair(40, WIN, LOSS, ours=1000, theirs=1000)
+    assert ("general", "win_rate_lc") in by_name(scores([*judged, other], "general", "pairwise")[0])
+
+
+def test_resamples_that_cannot_tell_are_left_out_of_the_controlled_rates_interval() -> None:
+    """One answer is as long as the baseline's, and 40 % of the resamples lack it: these would say the raw rate."""
+    judged = [pair(i, *((WIN, WIN) if i % 4 else (LOSS, LOSS)), ours=2000 + i, theirs=1000) for i in range(12)]
+    judged += [pair(i, LOSS, LOSS, ours=1000, theirs=1000) for i in (12, 13)]
+    columns = [preference(j) for j in sorted(judged, key=lambda j: str(j.question.id))]
+    terms = length.terms([len(j.answer.text) - 1000 for j in sorted(judged, key=lambda j: str(j.question.id))])
+    assert terms is not None
+    raw = [
+        length.rate([columns[p] for p in places], [terms[p] for p in places])
+        for places in bootstrap.resamples(14, "any", 1000) if not length.telling([terms[p] for p in places])
+    ]  # fmt: skip
+    high = ends(judged, "win_rate_lc")[1]
+    assert len(raw) > 50
+    assert high < sum(raw) / len(raw)
 
 
 def test_equal_lengths_leave_the_win_rate_as_it_is() -> None:

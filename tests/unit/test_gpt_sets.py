@@ -23,7 +23,7 @@ COMMON = {"writing", "reasoning", "math", "coding", "extraction", "knowledge", "
 CATEGORIES = {"general-en": COMMON | {"roleplay"}, "general-ja": COMMON | {"language"},
               "general-ko": COMMON | {"language"}}
 QUESTION_DIGESTS = {
-    "general-en": "4275c972e01581fd718dcc7dca872e28ca3f3387f0a6917fb711bc907ff6ba6b",
+    "general-en": "f136be5f3718a21acd932f47f50865f2bece0d48d1050734d78e7228b523c470",
     "general-ja": "5b27e810ed03fe4581ac47bada94ff95ad1e32b860d94200bc873eef61d8f560",
     "general-ko": "adc23eab887cc1d2ad88ecf3142150abfb0677fe497403f38987c60c563312e1",
 }

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from autoeval_hooks import manifest
 from autoeval_hooks.errors import ConfigError
 from autoeval_hooks.manifest import MegatronRecord
 from eval_runner import registry
@@ -244,6 +245,33 @@ def test_facts_tell_what_can_change_an_answer(make: Make, serving: Serving) -> N
     assert make().facts(other) == before
     (other.tokenizer / "chat_template.jinja").write_text("changed")
     assert make().facts(other) != before
+
+
+@pytest.mark.parametrize("form", [["--chat-template", "{}"], ["--chat-template={}"]])
+def test_a_file_that_an_argument_names_counts_by_its_content(
+    make: Make, serving: Serving, tmp_path: Path, form: list[str]
+) -> None:
+    template = tmp_path / "template.jinja"
+    server = make(arguments=[argument.format(template) for argument in form])
+    told = [server.facts(serving.checkpoint)["server settings"]]
+    for text in ("old", "new"):
+        template.write_text(text)
+        told.append(server.facts(serving.checkpoint)["server settings"])
+    assert len(set(told)) == 3
+    assert server.facts(serving.checkpoint)["server settings"] == told[-1]
+
+
+def test_a_file_that_cannot_be_read_is_named(
+    make: Make, serving: Serving, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def record(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    (tmp_path / "a.jinja").touch()
+    server = make(arguments=["--x", str(tmp_path / "a.jinja")])
+    monkeypatch.setattr(manifest, "record", record)
+    with pytest.raises(ConfigError, match=r"^autoeval\.yaml: server\.arguments\[1\]: /.*a\.jinja: cannot be read"):
+        server.facts(serving.checkpoint)
 
 
 def test_checkpoints_of_hugging_face_alone_are_served(make: Make, serving: Serving) -> None:

@@ -155,6 +155,20 @@ def test_build_gives_settings_and_context(tmp_path: Path, fake: None, monkeypatc
     assert len(names) == 2
 
 
+def test_two_evaluators_of_one_name_are_told_before_anything_is_paid_for(tmp_path: Path) -> None:
+    gpt = {"type": "gpt", "questions": "general-en", "mode": "single"}
+    path = tmp_path / "autoeval.yaml"
+
+    def built(*entries: dict[str, str]) -> int:
+        path.write_text(json.dumps({"queue": "q", "suites": {"s": {"evaluators": entries}}}))
+        config = load(str(path))
+        return len(registry.build_evaluators(config, config.suites["s"]))
+
+    assert built(gpt, gpt | {"name": "other"}) == 2
+    with pytest.raises(ConfigError, match=r"suites\.s\.evaluators\[1\]: its scores have the name 'general-en'"):
+        built(gpt, gpt)
+
+
 def test_build_says_what_is_wrong_with_all(tmp_path: Path, fake: None) -> None:
     path = write(tmp_path, "[{type: fake, bad: 1}, {type: fake}, {type: fakee}]")
     config = load(path)

@@ -106,9 +106,37 @@ def test_charts_hold_the_numbers_with_their_intervals(tmp_path: Path) -> None:
 def test_several_metrics_of_a_benchmark_share_its_chart(tmp_path: Path) -> None:
     found = page(tmp_path, result(1, score(0.5), score(0.6, metric="f1"), score(0.7, split="valid")))
     (chart,) = found.data["charts"]
-    assert [m["name"] for m in chart["metrics"]] == ["exact_match (test)", "exact_match (valid)", "f1 (test)"]
+    assert [m["name"] for m in chart["metrics"]] == ["exact_match (test)", "f1 (test)", "exact_match (valid)"]
     assert sum(tag == "select" for tag, _ in found.elements) == 1
     assert sum(tag == "option" for tag, _ in found.elements) == 3
+
+
+def test_metrics_stand_as_the_evaluator_gives_them(tmp_path: Path) -> None:
+    """In charts and tables, of a run too that lacks the first one."""
+    names = ["win_rate", "score", "answer_length"]
+    given = [score(0.5, metric=m) for m in names]
+    found = page(tmp_path, result(1, *given[1:], run="a", finished=1.0), result(2, *given, run="b", finished=2.0))
+    (chart,) = found.data["charts"]
+    assert [m["name"] for m in chart["metrics"]] == [f"{name} (test)" for name in names]
+    latest = found.tables[1]
+    assert [line[0] for line in latest[1:]] == [f"mcqaquick · {name} (test) ↑" for name in names]
+    assert [cell.split(" ")[0] for cell in found.tables[-1][0][1:]] == [f"mcqa{name}" for name in names]
+
+
+def test_categories_are_folded_where_their_benchmark_stands_too(tmp_path: Path) -> None:
+    names = ["set", "set.maths", "set.judge_anchors", "other.maths"]
+    scores = [score(0.5, benchmark=name) for name in names]
+    found = page(tmp_path, result(1, *scores), result(2, *scores))
+    latest, latest_folded, table, table_folded = found.tables
+    assert [line[0].split("quick")[0] for line in latest[1:]] == ["other.maths", "set", "set.judge_anchors"]
+    assert [line[0].split("quick")[0] for line in latest_folded[1:]] == ["set.maths"]
+    assert [cell.split("exact")[0] for cell in table[0]] == ["Step", "other.maths", "set", "set.judge_anchors"]
+    assert [cell.split("exact")[0] for cell in table_folded[0]] == ["Step", "set.maths"]
+    assert [len(line) for line in (*table[1:], *table_folded[1:])] == [4, 4, 2, 2]
+    assert "By category  against the previous checkpoint: 1 not tested" in found.text
+    details = [attrs for tag, attrs in found.elements if tag == "details"]
+    assert details == [{"open": None}, {}, {}]
+    assert len(page(tmp_path, result(1, *scores[1:])).tables) == 2
 
 
 def test_tokens_are_offered_only_where_all_are_known(tmp_path: Path) -> None:

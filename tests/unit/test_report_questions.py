@@ -201,6 +201,29 @@ def test_a_change_of_the_judge_is_drawn_and_said(tmp_path: Path) -> None:
     assert "Where the judge changed between two checkpoints" in " ".join(page.text.split())
 
 
+def test_judges_are_named_where_there_are_any(tmp_path: Path) -> None:
+    results = [judged(1, "gpt-b"), judged(2, f"gpt-{EVIL}"), judged(3, "gpt-b"), judged(4, "")]
+    index, (page,) = made(tmp_path, DETAILS, *results)
+    assert f"Judged bygpt-{EVIL}, gpt-bas it reports its own name" in index.text
+    assert "demo · quick · step 1 · checkpoint-1 · judged by gpt-b" in page.text
+    index, (page,) = made(tmp_path / "none", DETAILS, judged(4, ""))
+    assert "judged by" not in (index.text + page.text).lower()
+
+
+def test_only_the_judge_of_the_benchmark_stands_on_its_page(tmp_path: Path) -> None:
+    r = judged(1, "gpt-b")
+    other = Evaluation("gpt", 1.0, (score(0.5, benchmark="other"),), {"judge": "gpt-other"})
+    _, (page,) = made(tmp_path, DETAILS, replace(r, evaluations=(other, *r.evaluations)))
+    assert "checkpoint-1 · judged by gpt-b" in page.text
+    assert "gpt-other" not in page.text
+
+
+@pytest.mark.parametrize(("length", "shown"), [(140, "x" * 140), (141, "x" * 140 + "…")])
+def test_a_preview_that_is_cut_says_so(tmp_path: Path, length: int, shown: str) -> None:
+    _, (page,) = made(tmp_path, [replace(detail(1), texts=(("Question", "x" * length),))])
+    assert page.text.split("1 · writing  ")[1].startswith(f"{shown}Question")
+
+
 def test_without_a_change_nothing_is_said_of_judges(tmp_path: Path) -> None:
     page, _ = made(tmp_path, [], *(judged(step, judge) for step, judge in ((1, "gpt-a"), (2, "gpt-a"))))
     (line,) = page.data["charts"][0]["metrics"][0]["lines"]
@@ -230,7 +253,10 @@ def test_what_was_paid_is_said(tmp_path: Path) -> None:
         for step, usage in zip(itertools.count(1), usages, strict=False)
     ]
     page, _ = made(tmp_path, [], *results)
-    assert "Judge and models$1.25170 asked, 170 known before" in page.text
+    told = "for 160 of 170 requests; the price of the others is not known; 170 known before"
+    assert f"Judge and models$1.25{told}" in page.text
+    priced, _ = made(tmp_path / "priced", [], results[0])
+    assert "Judge and models$1.25160 asked, 20 known before" in priced.text
     free, _ = made(tmp_path / "free", [], results[1])
     assert "Judge and models10 requests" in free.text
     assert "Judge and models" not in made(tmp_path / "none", [], result(1, GENERAL))[0].text

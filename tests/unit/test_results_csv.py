@@ -57,6 +57,19 @@ def test_steps_are_sorted_as_numbers_and_the_order_given_does_not_matter(tmp_pat
     assert steps == ["4", "30", "200", "1000"] * 2
 
 
+def test_metrics_are_sorted_here_and_stand_as_they_were_given_elsewhere(tmp_path: Path) -> None:
+    """By the last result, whatever order they are read in; what it lacks comes after."""
+    old = result(1, *(score(0.5, metric=m) for m in ("gone", "length", "rate")))
+    new = result(2, *(score(0.5, metric=m) for m in ("rate", "score", "length")))
+    table = list(csv.DictReader(io.StringIO(text_of(tmp_path, old, new))))
+    assert [(r["metric"], r["step"]) for r in table] == [
+        ("gone", "1"), ("length", "1"), ("length", "2"), ("rate", "1"), ("rate", "2"), ("score", "2"),
+    ]  # fmt: skip
+    for given in ([old, new], [new, old]):
+        found = [(r.score.metric, r.result.step) for r in rows(given)]
+        assert found == [("rate", 1), ("rate", 2), ("score", 2), ("length", 1), ("length", 2), ("gone", 1)]
+
+
 def test_names_that_csv_must_quote_come_back(tmp_path: Path) -> None:
     name = 'a,"b"\n\N{SNOWMAN}'
     (row,) = csv.DictReader(io.StringIO(text_of(tmp_path, result(1, score(0.5, benchmark=name), run=name))))

@@ -16,7 +16,7 @@ import pytest
 from click.testing import CliRunner
 
 from autoeval_hooks.errors import CheckpointError, ConfigError
-from autoeval_hooks.manifest import MegatronRecord
+from autoeval_hooks.manifest import FileRecord, MegatronRecord
 from eval_runner import config as configs
 from eval_runner import doctor, process, registry, supervisor
 from eval_runner.checkpoints.base import Servable
@@ -62,6 +62,7 @@ def make(checkout: Path, tmp_path: Path) -> Make:
 
 
 def servable(tmp_path: Path, record: MegatronRecord | None = KNOWN) -> Servable:
+    (tmp_path / "tokenizer").mkdir(exist_ok=True)
     return Servable(tmp_path / "load", tmp_path / "tokenizer", lambda: None, megatron=record)
 
 
@@ -255,7 +256,7 @@ def test_what_changes_an_answer_is_in_the_facts(make: Make, tmp_path: Path) -> N
     found = make().facts(servable(tmp_path))
     assert found == {
         "server": "megatron static", "megatron": "0.16.1", "tensor_parallel": "2", "pipeline_parallel": "1",
-        "torch": importlib.metadata.version("torch"),
+        "torch": importlib.metadata.version("torch"), "server tokenizer": found["server tokenizer"],
     }  # fmt: skip
     own = tmp_path / "own.py"
     own.write_text("a")
@@ -266,9 +267,33 @@ def test_what_changes_an_answer_is_in_the_facts(make: Make, tmp_path: Path) -> N
     told = [found, *(server.facts(servable(tmp_path)) for server in others)]
     own.write_text("b")
     told.append(make(script="own.py").facts(servable(tmp_path)))
+    extra = make(arguments=["--extra", str(own)])
+    told.append(extra.facts(servable(tmp_path)))
+    own.write_text("c")
+    told.append(extra.facts(servable(tmp_path)))
     assert len({str(facts) for facts in told}) == len(told)
     assert "--bf16" not in str(told)        # it may hold what the environment filled in
     assert make(start_timeout=5).facts(servable(tmp_path)) == found
+
+
+def test_the_tokenizer_is_in_the_facts_by_its_content(make: Make, tmp_path: Path) -> None:
+    """What the server reads, as training named it, and what evaluators are given; where they lie does not count."""
+    def told(**more: Any) -> str:
+        return make().facts(servable(tmp_path, replace(KNOWN, **more)))["server tokenizer"]
+
+    def file(path: str, digest: str) -> dict[str, Any]:
+        return {"tokenizer": {"vocab_file": path}, "tokenizer_files": (FileRecord(path, 1, 1, digest),)}
+
+    different = [
+        told(), told(tokenizer_type="GPT2BPETokenizer"), told(tokenizer={"tokenizer_model": "org/name"}),
+        told(**file("/a", "1")), told(**file("/a", "2")),
+    ]  # fmt: skip
+    assert told(**file("/b", "2")) == different[-1]
+    (tmp_path / "tokenizer" / "chat_template.jinja").write_text("a")
+    different.append(told())
+    (tmp_path / "tokenizer" / "chat_template.jinja").write_text("b")
+    different.append(told())
+    assert len(set(different)) == len(different)
 
 
 def git(at: Path, *argv: str) -> str:

@@ -13,14 +13,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from autoeval_hooks import fsio
+from autoeval_hooks.errors import ConfigError
 from eval_runner.checkpoints.locks import Lock
 from eval_runner.evaluators.gpt import prompts, reviews, scoring
 from eval_runner.evaluators.gpt.lines import Problems, read_lines
-from eval_runner.evaluators.gpt.records import Answer, Judged, Question, Reviewer
+from eval_runner.evaluators.gpt.records import ANCHORED, Answer, Judged, Question, Reviewer
 from eval_runner.evaluators.gpt.reviews import Panel, Shown
 from eval_runner.results.schema import Instance, Score
 
-BENCHMARK = "judge_anchors"
 METRIC = "win_rate"
 
 
@@ -65,12 +65,22 @@ def first_look(panel: Panel, anchors: Sequence[Anchor], reviewer: Reviewer) -> V
     return Version(reviewer.model, found.judge)
 
 
-def judged(panel: Panel, anchors: Sequence[Anchor], reviewer: Reviewer) -> list[Judged]:
-    """All pairs, in both orders. `panel` must ask with the version as its salt."""
+def judged(panel: Panel, anchors: Sequence[Anchor], reviewer: Reviewer, where: str) -> list[Judged]:
+    """All pairs, in both orders. `panel` must ask with the version as its salt; `where` is the key path of the entry.
+    Raises ConfigError where no pair was reviewed: another try would be given the same replies."""
     found, _ = reviews.review(panel, _shown(panel, anchors, reviewer))
-    return [
+    judged = [
         Judged(one.question, one.answer, one.other, tuple(found[2 * i : 2 * i + 2])) for i, one in enumerate(anchors)
     ]
+    if not any(one.reviewed for one in judged):
+        states = Counter(review.state for review in found)
+        said = " ".join(next(review.text for review in found if review.state != "ok").split())
+        raise ConfigError(
+            f"{where}.anchors: none of the {len(judged)} anchor pairs was reviewed: {states['refused']} reviews "
+            f"refused, {states['unparsable']} unparsable, such as {said[:120]!r}; write `anchors: none`, or choose "
+            "another judge"
+        )
+    return judged
 
 
 def _shown(panel: Panel, anchors: Sequence[Anchor], reviewer: Reviewer) -> list[Shown]:
@@ -95,9 +105,8 @@ def main_version(judged: Sequence[Judged], asked: Sequence[str]) -> Version:
 
 
 def score(judged: Sequence[Judged], name: str) -> tuple[list[Score], list[Instance]]:
-    """``NAME.judge_anchors``: the win rate of the first answers, with its interval; neither more nor less is better.
-    Raises AutoEvalError where no pair was reviewed."""
-    benchmark = f"{name}.{BENCHMARK}"
+    """``NAME.judge_anchors``: the win rate of the first answers, with its interval; neither more nor less is better."""
+    benchmark = f"{name}.{ANCHORED}"
     found, instances = scoring.scores(judged, benchmark, "pairwise")
     return (
         [replace(s, higher_is_better=None) for s in found if (s.benchmark, s.metric) == (benchmark, METRIC)],

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from autoeval_hooks.config import canonical
-from autoeval_hooks.errors import ConfigError
+from autoeval_hooks.errors import AutoEvalError, ConfigError
 from eval_runner.evaluators.gpt.client import Asker, Service
 from eval_runner.evaluators.gpt.records import Answer, Question, Reply, Request
 from eval_runner.evaluators.gpt.settings import AnswerSettings, BaselineModel
@@ -92,17 +92,17 @@ def stops(settings: AnswerSettings, style: Format) -> tuple[str, ...]:
 
 
 def service(
-    endpoint: Endpoint | None, settings: AnswerSettings, name: str, facts: dict[str, str], where: str
+    endpoint: Endpoint | None, settings: AnswerSettings, name: str, digest: str, facts: dict[str, str], where: str
 ) -> Service:
-    """The checkpoint's server. Its answers are known by the weights and by what they are served with, never by the
-    port; without an `endpoint` (it has not started), only what is known can be looked up."""
+    """The checkpoint's server. Its answers are known by all files of the checkpoint (`digest`) and by what they are
+    served with, never by the port; without an `endpoint` (it has not started), only what is known can be looked up."""
     endpoint = endpoint or Endpoint("http://127.0.0.1:9", "openai", name)       # the discard port: never asked
     # Megatron-LM's own servers say no name; that what answers is a process of ours was seen when it started.
     nameless = facts.get("server", "").startswith("megatron")
     return Service(
         name="the checkpoint's server", api=endpoint.api,
         base_url=endpoint.url if endpoint.api == "megatron" else f"{endpoint.url}/v1",
-        identity=canonical({"checkpoint": name, "facts": facts}), api_key_env=endpoint.api_key_env,
+        identity=canonical({"checkpoint": name, "digest": digest, "facts": facts}), api_key_env=endpoint.api_key_env,
         accept_models=("*",) if nameless else (endpoint.model,), concurrency=settings.concurrency,
         timeout=settings.timeout, where=f"{where}.answers",
     )  # fmt: skip
@@ -164,7 +164,8 @@ def answers(
     for question, request in zip(questions, asked, strict=True):
         reply = asker.known(request)
         if reply is None:
-            raise ConfigError(f"question {question.id!r}: its answer is gone from the cache; do not empty it meanwhile")
+            said = "its answer is gone from the cache; do not empty it meanwhile"
+            raise AutoEvalError(f"question {question.id!r}: {said}")
         _check_window(question, reply, window)
         found.append(Answer(question.id, model, trimmed(reply.text, stop), reply.finish))
     return found

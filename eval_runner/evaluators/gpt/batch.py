@@ -8,17 +8,18 @@ so that none is created twice. What a batch leaves open goes into the next one.
 from __future__ import annotations
 
 import json
+import logging
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from autoeval_hooks.errors import AutoEvalError, ConfigError
+from eval_runner.evaluators.gpt import wire as wires
 from eval_runner.evaluators.gpt.budget import bound
 from eval_runner.evaluators.gpt.journal import new_name
 from eval_runner.evaluators.gpt.records import Reply, Request
 from eval_runner.evaluators.gpt.retry import PATIENCE_S, Failure, back_off
-from eval_runner.evaluators.gpt.wire import counts
 
 if TYPE_CHECKING:       # which imports this module
     from eval_runner.evaluators.gpt.client import Asker
@@ -30,6 +31,7 @@ MOST_BYTES = 100 << 20
 """Requests and bytes of one file; OpenAI's limits are 50,000 and 200 MB."""
 TAG = "autoeval"
 """The key of the metadata that holds a batch's name."""
+logger = logging.getLogger("autoeval")
 ENDED = ("completed", "failed", "expired", "cancelled")
 
 Todo = dict[str, Request]
@@ -108,6 +110,10 @@ class _Unknown(ConfigError):
     """Whether there is a batch."""
 
 
+class _Gone(Exception):
+    """The service no longer knows a batch, or what it answered."""
+
+
 class _Batch:
     """One batch, from its line in the journal on."""
 
@@ -127,16 +133,32 @@ class _Batch:
             self._create(chunk, new)
         where = f"/batches/{self._line['id']}"
         client = self._asker.wire.client
-        while (state := self._call(lambda: client.get(where, cast_to=object))).get("status") not in ENDED:
-            time.sleep(POLL_S)
+        state: dict[str, Any] = {}
         answers: dict[str, Reply | Failure] = {}
-        for field in ("error_file_id", "output_file_id"):
-            if isinstance(file := state.get(field), str) and file:
-                answers |= dict(self._read(file, chunk))
+        gone: _Gone | None = None
+        try:
+            while (state := self._get(lambda: client.get(where, cast_to=object))).get("status") not in ENDED:
+                time.sleep(POLL_S)
+            for field in ("error_file_id", "output_file_id"):
+                if isinstance(file := state.get(field), str) and file:
+                    answers |= dict(self._read(file, chunk))
+        except _Gone as error:
+            gone, self._other = error, None
         failure = self._keep(chunk, answers, todo, arrived)
+        if gone:
+            return self._lost(gone, new)
         if state["status"] == "completed" and not failure and len(answers) < len(chunk):
             return Failure("the batch has no answer to some requests")
         return failure or (None if state["status"] == "completed" else _told(state))
+
+    def _lost(self, gone: _Gone, new: bool) -> Failure:
+        """What it did not answer goes into another batch, unless this one is `new`: then that would go on for ever."""
+        asker = self._asker
+        told = f"{asker.service.name} at {asker.service.base_url} no longer knows the batch {self._line['id']}: {gone}"
+        if new:
+            raise ConfigError(f"{told}; where it was not removed there, set {asker.service.where}.batch: false")
+        logger.warning("%s; what it did not answer is asked again, and it counts at its upper bound", told)
+        return Failure(told)
 
     # ------------------------------------------------------------------ up
 
@@ -148,7 +170,8 @@ class _Batch:
         data = "".join(json.dumps(line) + "\n" for line in lines).encode()
 
         def upload() -> Any:
-            return {"id": getattr(client.files.create(file=(f"{TAG}.jsonl", data), purpose="batch"), "id", None)}
+            made = client.files.create(file=(f"{TAG}.jsonl", data), purpose="batch")
+            return {"id": getattr(made, "id", None)}
 
         def create() -> Any:
             wanted = {"endpoint": f"/v1{path}", "completion_window": "24h", "metadata": {TAG: self._line["name"]}}
@@ -157,7 +180,7 @@ class _Batch:
         found = None if new else self._find()
         if found is None:
             try:
-                file = _id(asker, self._call(upload))
+                file = _id(asker, self._call(upload, within=wires.FILE_S))
                 found = self._call(create, again=self._find)
             except _Unknown:
                 raise
@@ -198,8 +221,8 @@ class _Batch:
 
     def _read(self, file: str, chunk: Todo) -> Iterator[tuple[str, Reply | Failure]]:
         """What a result file says about the requests of `chunk`."""
-        client = self._asker.wire.client
-        data = self._call(lambda: {"data": client.files.content(file).content})["data"]
+        wire = self._asker.wire
+        data = self._get(lambda: {"data": wire.file(file)}, wires.FILE_S)["data"]
         for text in data.splitlines():
             try:
                 line = json.loads(text)
@@ -208,7 +231,8 @@ class _Batch:
                 continue
             key = line.get("custom_id") if isinstance(line, dict) else None
             if isinstance(key, str) and key in chunk:
-                yield key, self._answer(line, chunk[key])
+                large = Failure(f"an answer of more than {wires.MOST_BYTES} bytes", charged=True)
+                yield key, large if len(text) > wires.MOST_BYTES else self._answer(line, chunk[key])
             elif isinstance(key, str) and key in self._keys:
                 self._count_other(key, line)
 
@@ -217,7 +241,7 @@ class _Batch:
         if not isinstance(response, dict) or response.get("status_code") != 200 or price is None or self._other is None:
             return
         body, entry = response.get("body"), self._asker.journal.entry(key)
-        counted = counts(body.get("usage") if isinstance(body, dict) else None)
+        counted = wires.counts(body.get("usage") if isinstance(body, dict) else None)
         known = price.of(*counted) if any(counted) else entry.cost if entry else None
         self._other = None if known is None else self._other + known
 
@@ -266,19 +290,28 @@ class _Batch:
             self._asker.settle(self._line["asked"], cost)
         self._asker.journal.append({"kind": "batch_done", "name": self._line["name"]})
 
-    def _call(self, ask: Callable[[], Any], again: Callable[[], Any] = lambda: None) -> dict[str, Any]:
+    def _get(self, ask: Callable[[], Any], within: float | None = None) -> dict[str, Any]:
+        """As `_call`; raises _Gone for what the service no longer knows. It may not know yet what it has just made, so
+        it is asked more than once."""
+        return self._call(ask, within=within, gone=True)
+
+    def _call(
+        self, ask: Callable[[], Any], again: Callable[[], Any] = lambda: None, *, within: float | None = None,
+        gone: bool = False,
+    ) -> dict[str, Any]:  # fmt: skip
         """What the service answers, an object, tried again as a request is; `again` may find it before each such try.
         The batch stays in the journal when this raises."""
         tries = 0
         while True:
-            answer = self._asker.wire.call(ask)
+            answer = self._asker.wire.call(ask, within)
             if isinstance(answer, dict):
                 return answer
             failure = answer if isinstance(answer, Failure) else Failure("an answer that is no object")
             tries += 1
             wait = back_off(tries) if failure.wait is None else failure.wait
-            if not failure.again or tries >= self._asker.service.attempts or wait > PATIENCE_S:
-                raise self._asker.final(failure, {}, tries)
+            missing = gone and failure.status == 404
+            if not (failure.again or missing) or tries >= self._asker.service.attempts or wait > PATIENCE_S:
+                raise _Gone(failure.message) if missing else self._asker.final(failure, {}, tries)
             time.sleep(wait)
             if (found := again()) is not None:
                 return dict(found)

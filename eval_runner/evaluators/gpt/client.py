@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from autoeval_hooks.errors import AutoEvalError, ConfigError
-from eval_runner.evaluators.gpt import pool
+from eval_runner.evaluators.gpt import pool, retry
 from eval_runner.evaluators.gpt.budget import Bound, Budget, Ended, bound
 from eval_runner.evaluators.gpt.journal import Entry, Journal, key_of, new_name
 from eval_runner.evaluators.gpt.rates import Booking, Rates
@@ -30,7 +30,8 @@ class Asker:
     `salt` makes requests that are equal otherwise different, so that they are asked again. `evaluation` names the
     evaluation of one checkpoint, the same in all its attempts: for its budget and its `usage`, what its earlier
     attempts were answered counts as its own, and what others were answered as `cached`. With `batch`, requests go
-    through the batch interface. `progress` is told how many of how many are answered.
+    through the batch interface. `rates` are those of all who ask the service. `progress` is told how many of how many
+    are answered.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class Asker:
         evaluation: str = "",
         budget: Budget | None = None,
         batch: bool = False,
+        rates: Rates | None = None,
         progress: Callable[[int, int], None] = lambda done, total: None,
     ) -> None:
         """Raises ConfigError for a key that is not in the environment, and a budget without a price."""
@@ -56,7 +58,7 @@ class Asker:
         self._budget = budget
         self._batch = batch
         self._progress = progress
-        self._rates = Rates(service.requests_per_minute, service.tokens_per_minute)
+        self._rates = rates or Rates(service.requests_per_minute, service.tokens_per_minute)
         self._renames = False
         self._counted: set[str] = set()
         self._lock = threading.Lock()
@@ -111,12 +113,12 @@ class Asker:
         return [replies[i] for i in range(len(requests))]
 
     def models(self) -> list[str] | None:
-        """The names of the models that the service lists; None where it has no such list. Raises ConfigError where it
-        refuses the key, AutoEvalError where it cannot be reached."""
+        """The names of the models that the service lists; None where it has no such list, or none for this key, which
+        may ask all the same. Raises ConfigError where it refuses the key, AutoEvalError where it cannot be reached."""
         tries = 0
         while isinstance(answer := self.wire.models(), Failure):
             tries += 1
-            if answer.status in (404, 405, 501):
+            if answer.status in (403, 404, 405, 501):
                 return None
             if not answer.again or tries >= self._service.attempts or (answer.wait or 0) > PATIENCE_S:
                 raise self.final(answer, {}, tries)
@@ -129,15 +131,16 @@ class Asker:
 
     def _answer(self, request: Request, ending: threading.Event) -> Reply:
         """The answer, asked for as long as that makes sense. Raises what is final, and Ended."""
-        most, tries, name = bound(request.body), 0, ""
+        most, tries, name, first = bound(request.body), 0, "", None
         try:
             while True:
                 booking = self._book(most, ending)
+                first = first or booking
                 name = name or self.reserve([most], ending.is_set)
                 body = self.understood(request.body)
                 result = self.wire.post(request, body)
                 if isinstance(result, Reply):
-                    self._rates.correct(booking, result.input_tokens + result.output_tokens or booking.tokens)
+                    self._rates.answered(booking, result.input_tokens + result.output_tokens or booking.tokens)
                     used, name = name, ""
                     return self.keep(request, result, used)
                 if result.charged and name:
@@ -149,7 +152,7 @@ class Asker:
                 if result.filtered:
                     used, name = name, ""
                     return self.keep(request, Reply(result.message, True, "content_filter", "", 0, 0), used, free=True)
-                tries += 1
+                tries += not self._in_turn(result, first)
                 wait = back_off(tries) if result.wait is None else result.wait
                 if not result.again or tries >= self._service.attempts or wait > PATIENCE_S:
                     raise self.final(result, request.body, tries)
@@ -160,6 +163,12 @@ class Asker:
         finally:
             if name:
                 self.settle(name, 0.0)
+
+    def _in_turn(self, failure: Failure, first: Booking) -> bool:
+        """Whether a request, first sent as `first`, only waits for its turn: it is told when to come back, and the
+        service answers others. That is no attempt."""
+        patience = self._service.attempts * retry.LONGEST_WAIT_S
+        return failure.status == 429 and failure.wait is not None and self._rates.silence(first) < patience
 
     def _book(self, most: Bound, ending: threading.Event) -> Booking:
         while not isinstance(found := self._rates.book(most.input + (most.output or 0)), Booking):

@@ -34,6 +34,7 @@ class GptEvaluator:
         self._raw = raw
         self._context = context
         self._settings = settings.parse(raw, context)
+        self.benchmark = self._settings.name
 
     def check(self) -> None:
         """Raise one ConfigError with all that is missing or does not fit: the files, the key, the client, a server.
@@ -59,10 +60,10 @@ class GptEvaluator:
         if spec.read_prepared(job.work_dir / spec.PREPARED).missing:
             job.progress(PARTS["answers"][0], "GPT: waits for the checkpoint's server")
             self._run(job, "answers", replace(task, endpoint=asdict(job.endpoint())))
+        job.release()       # the judge may take long, and holds no GPU meanwhile
         self._run(job, "review", task)
         outcome = spec.read_outcome(job.work_dir / spec.OUTCOME)
-        if self._provenance() != task.provenance:
-            raise AutoEvalError(f"{self._context.where}: its files were changed while it was evaluated")
+        self._check_unchanged(task)
         job.progress(1.0, "GPT: judged")
         return replace(outcome, evaluation=replace(outcome.evaluation, seconds=time.monotonic() - began))
 
@@ -99,8 +100,9 @@ class GptEvaluator:
             for key in ("api_key_env", "organization_env"):
                 variable = getattr(service, key, None)
                 if variable and not os.environ.get(variable, "").strip():
+                    shown = f"${variable}" if variable.isupper() else "the variable that it names"    # no key itself
                     remedy = ", or write null for a service that takes none" if key == "api_key_env" else ""
-                    missing.append(f"{where}.{name}.{key}: ${variable} is not set; export it{remedy}")
+                    missing.append(f"{where}.{name}.{key}: {shown} is not set; export it{remedy}")
         if missing:
             raise ConfigError(self._said("; ".join(missing)))
 
@@ -132,12 +134,12 @@ class GptEvaluator:
         provenance = self._provenance()
         # A budget that is raised goes on with what was spent; whatever else changes is another evaluation.
         asked = asdict(replace(self._settings, budget_usd=None))
-        told = canonical([job.name, self._context.where, asked, provenance])
+        told = canonical([job.name, job.digest, self._context.where, asked, provenance])
         c = self._context
         return Spec(
             settings=self._raw, base_dir=str(c.base_dir), environments=str(c.environments), where=c.where,
-            config_file=c.config_file, server=c.server, cache=str(c.cache), name=job.name, step=job.step,
-            tokenizer=str(job.tokenizer), window=_window(job), facts=job.facts | job.server_facts,
+            config_file=c.config_file, server=c.server, cache=str(c.cache), name=job.name, digest=job.digest,
+            step=job.step, tokenizer=str(job.tokenizer), window=_window(job), facts=job.facts | job.server_facts,
             evaluation=hashlib.sha256(told.encode()).hexdigest()[:32], provenance=provenance,
         )  # fmt: skip
 
@@ -155,11 +157,23 @@ class GptEvaluator:
                 job.progress(first + (last - first) * told.fraction, f"GPT: {told.what}")
 
         status = job.run([sys.executable, "-m", WORKER, phase, str(path)], env=None, on_tick=look)
+        if error.exists() or status != 0:
+            self._check_unchanged(task)
         if (failed := spec.error_of(error)) is not None:
             raise type(failed)(f"{failed}; log: {job.log}") from None
         if status != 0:
             said = process.tail(job.log, 1)
             raise AutoEvalError(f"the GPT evaluator's {phase} failed: {process.reason(status)}: {said}; log: {job.log}")
+
+
+    def _check_unchanged(self, task: Spec) -> None:
+        """What a phase made of files that were changed is no mistake of anybody's: another try reads the new ones."""
+        try:
+            same = self._provenance() == task.provenance
+        except ConfigError:     # gone
+            same = False
+        if not same:
+            raise AutoEvalError(f"{self._context.where}: its files were changed while it was evaluated")
 
 
 _SERVER = "configure `server:`, such as `server: {type: transformers}`"

@@ -16,9 +16,9 @@ from typing import Any, TypeVar
 from autoeval_hooks import fsio
 from autoeval_hooks.errors import AutoEvalError, ConfigError
 from eval_runner.evaluators.gpt.lines import SHOWN, Line, Problems, kind, read_lines
-from eval_runner.evaluators.gpt.records import Answer, Judged, Mode, Prompt, Question, Reviewer
+from eval_runner.evaluators.gpt.records import ANCHORED, Answer, Judged, Mode, Prompt, Question, Reviewer
 from eval_runner.evaluators.gpt.settings import Located
-from eval_runner.evaluators.written import clean
+from eval_runner.evaluators.written import label
 
 T = TypeVar("T")
 N = TypeVar("N", int, float)
@@ -70,9 +70,11 @@ def read_questions(path: Path, mode: Mode) -> tuple[Question, ...]:
     questions, at, names = [], dict[str, int](), dict[str, str]()
     for line in read_lines(problems):
         category = line.text("category")
-        if (other := names.setdefault(clean(category), category)) != category:
-            line.problem(f"category {category!r:.60}: has the name {clean(category)!r:.60} among the scores, as "
+        if (other := names.setdefault(label(category), category)) != category:
+            line.problem(f"category {category!r:.60}: has the name {label(category)!r:.60} among the scores, as "
                          f"{other!r:.60} has; use letters, digits, `.`, `_` and `-`")  # fmt: skip
+        if label(category) == ANCHORED:
+            line.problem(f"category {category!r}: is the name of the judge's anchors among the scores; choose another")
         reference = line.text("reference") if mode == "reference" or "reference" in line.data else ""
         questions.append(Question(_id(line, at), line.text("text"), category, reference))
     problems.check()

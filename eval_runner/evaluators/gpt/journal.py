@@ -36,6 +36,8 @@ from eval_runner.evaluators.gpt.records import Reply, Request
 
 MAX_LINE = 32 << 20
 """Bytes. A longer line is none of ours."""
+MAX_REQUEST = 6 << 20
+"""Bytes of a request as JSON, so that it fits a line with its reply, whatever that is (`wire.MOST_BYTES`)."""
 SUFFIX = ".jsonl"
 _LASTING = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG}
 """Where another try will not mend it."""
@@ -44,12 +46,14 @@ _LASTING = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.ELOOP, 
 def key_of(identity: str, request: Request, salt: str = "") -> str:
     """What stands for a request: sha256, in hex, of the canonical JSON of service, path, body and salt.
 
-    Raises ConfigError for a body that JSON cannot hold.
+    Raises ConfigError for a body that JSON cannot hold, and for one that is too long.
     """
     try:
         told = canonical([identity, request.path, request.body, salt])
     except (ValueError, TypeError) as error:
         raise ConfigError(f"a request that JSON cannot hold: {error}") from error
+    if len(told) > MAX_REQUEST:
+        raise ConfigError(f"a request of {len(told)} bytes as JSON; at most {MAX_REQUEST} are kept, so shorten it")
     return hashlib.sha256(told.encode()).hexdigest()
 
 
@@ -162,6 +166,8 @@ class Journal:
         """Write one line, durable when this returns. Raises ConfigError or AutoEvalError where it cannot be; then
         nothing is written any more, since the next line would follow a torn one."""
         data = json.dumps(line, ensure_ascii=True, allow_nan=False, separators=(",", ":")).encode() + b"\n"
+        if len(data) > MAX_LINE:
+            raise AssertionError(f"a line of {len(data)} bytes, which nobody would read")
         with self._lock:
             if self._broken:
                 raise AutoEvalError(self._broken)

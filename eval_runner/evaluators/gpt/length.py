@@ -25,13 +25,22 @@ class Fit(NamedTuple):
     slope: float
 
 
+def telling(differences: Sequence[float]) -> bool:
+    """Whether equal length lies within these differences, or their terms. Where all answers are longer than the
+    baseline's, or all shorter, nothing was seen of equal length: tanh is then nearly the same for all, the ridge sets
+    the slope to 0, and the raw rate would go by the controlled one's name."""
+    return min(differences) <= 0 <= max(differences)
+
+
 def terms(differences: Sequence[float]) -> list[float] | None:
-    """tanh(d / s) of each difference of lengths. All 0 where all lengths are equal; None where the differences are all
-    alike and not 0, or there is one only: what length does cannot be told from what the answers are worth then."""
+    """tanh(d / s) of each difference of lengths. All 0 where all lengths are equal; None where they are not `telling`:
+    what length does cannot be told from what the answers are worth then."""
+    if not telling(differences):
+        return None
     if not any(differences):
         return [0.0] * len(differences)
     spread = (mean_stderr(differences)[1] or 0.0) * math.sqrt(len(differences))
-    return [math.tanh(d / spread) for d in differences] if spread else None
+    return [math.tanh(d / spread) for d in differences]
 
 
 def fit(preferences: Sequence[float], lengths: Sequence[float], start: Fit | None = None) -> Fit | None:

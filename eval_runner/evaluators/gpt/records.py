@@ -7,6 +7,9 @@ from typing import Any, Literal
 
 QuestionId = int | str
 
+ANCHORED = "judge_anchors"
+"""What the anchors' benchmark has in the place of a category."""
+
 Mode = Literal["pairwise", "single", "reference"]
 """Two answers side by side, against a baseline's; one answer, from 1 to 10; one answer, beside a reference answer."""
 

@@ -103,7 +103,8 @@ def review(panel: Panel, shown: Sequence[Shown]) -> tuple[list[Review], str]:
 def _read(reply: Reply, shown: Shown) -> Review:
     if reply.refused:
         return Review("refused", (), reply.text, reply.model)
-    scores = prompts.parse(reply.text, shown.prompt, shown.answers)
+    cut = reply.finish == "length" and shown.prompt.output == "line"    # 10 may stand there as 1
+    scores = None if cut else prompts.parse(reply.text, shown.prompt, shown.answers)
     state: Literal["ok", "unparsable"] = "unparsable" if scores is None else "ok"
     return Review(state, scores or (), reply.text, reply.model)
 

@@ -35,9 +35,9 @@ _KINDS: dict[str, type[AutoEvalError]] = {"configuration": ConfigError, "checkpo
 
 @dataclass(frozen=True)
 class Spec:
-    """One checkpoint and one entry of a suite. `settings` is the entry as it is written; `name`, `step`, `tokenizer`,
-    `window` (tokens that fit the model, None where nothing says it) and `facts` are the checkpoint's. `evaluation`
-    stands for this evaluation of this checkpoint in all its attempts, `provenance` for the files."""
+    """One checkpoint and one entry of a suite. `settings` is the entry as it is written; `name`, `digest`, `step`,
+    `tokenizer`, `window` (tokens that fit the model, None where nothing says it) and `facts` are the checkpoint's.
+    `evaluation` stands for this evaluation of this checkpoint in all its attempts, `provenance` for the files."""
 
     settings: dict[str, Any]
     base_dir: str
@@ -47,6 +47,7 @@ class Spec:
     server: str
     cache: str
     name: str
+    digest: str
     step: int
     tokenizer: str
     window: int | None

@@ -6,8 +6,10 @@ import ipaddress
 import json
 import os
 import re
-import time
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
+from contextlib import suppress
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -18,17 +20,23 @@ from eval_runner.evaluators.gpt.retry import Failure, asked_wait
 from eval_runner.evaluators.gpt.service import Service
 
 CONNECT_S = 20.0
-MOST_BYTES = 64 << 20
-"""Of one answer."""
+GRACE_S = 0.5
+"""After the time-out: httpx's own ones come first, which tell whether anything was sent."""
+FILE_S = 1800.0
+"""For a file of a batch, up or down."""
+MOST_BYTES = 4 << 20
+"""Of one answer. As ASCII, six times as many at most, it fits a line of the journal."""
+MOST_FILE_BYTES = 1 << 30
+"""Of what a batch answers."""
 MESSAGE = 300
 """Characters of what a service says that go into our message."""
 _NEVER_SENT = ("ConnectError", "ConnectTimeout", "PoolTimeout", "UnsupportedProtocol", "ProxyError")
 _IN_DOUBT = (408, 502, 504)
 """What gateways say that do not know what became of a request."""
-_PLAIN = ("host", "accept", "accept-encoding", "connection", "content-type", "content-length", "user-agent",
+_PLAIN = ("host", "accept", "accept-encoding", "connection", "content-type", "content-length", "transfer-encoding",
           "x-stainless-raw-response")  # fmt: skip
-"""The headers that a service without a key is sent: the client would add what the environment holds for OpenAI. The
-last one tells the client itself how to read the answer."""
+"""The client's headers that a service is sent: others would be what the environment holds for OpenAI. The last one
+tells the client itself how to read the answer."""
 
 
 class Wire:
@@ -41,51 +49,81 @@ class Wire:
         self.service = service
         self._key = _key(service)
         host = _host(service)
-        organization = os.environ.get(service.organization_env or "") or None
+        self._headers = {"User-Agent": "autoeval"}
+        if self._key:
+            self._headers["Authorization"] = f"Bearer {self._key}"
+        if organization := os.environ.get(service.organization_env or ""):
+            self._headers["OpenAI-Organization"] = organization
+        self._exchange = threading.local()
         # A redirect is refused: it could carry the questions to a host that nobody configured.
         http = openai.DefaultHttpxClient(
             follow_redirects=False,
             mounts={f"all://{host}": None} if _is_loopback(host) else None,     # no proxy reaches this host's own
-            event_hooks={"request": [] if self._key else [_bare]},
+            event_hooks={"request": [self._bare], "response": [self._note]},
         )
         self.client = openai.OpenAI(
-            api_key=self._key or "none", organization=organization, base_url=service.base_url, max_retries=0,
-            timeout=openai.Timeout(service.timeout, connect=min(service.timeout, CONNECT_S)), http_client=http,
+            api_key=self._key or "none", base_url=service.base_url, max_retries=0, http_client=http,
+            timeout=openai.Timeout(service.timeout, connect=min(service.timeout, CONNECT_S)),
         )  # fmt: skip
 
     def post(self, request: Request, body: dict[str, Any]) -> Reply | Failure:
         """Send `body`, the request's as the service understands it."""
         sent = _for_megatron(body) if self.service.api == "megatron" else body
-        answer = self.call(lambda: self._read(request.path, sent))
+        answer = self.call(lambda: self._text(request.path, sent))
         return answer if isinstance(answer, Failure) else self.reply(answer, request, body)
 
-    def _read(self, path: str, body: dict[str, Any]) -> str:
-        """The text that is answered, in pieces: services send blanks while they think, and httpx's time-out is for the
-        time between two pieces."""
-        late = time.monotonic() + self.service.timeout
+    def _text(self, path: str, body: dict[str, Any]) -> str:
         asked: Any = {"model": body.get("model", ""), "extra_body": body}     # as it is, whatever the client knows
         if path == "/chat/completions":
             sending = self.client.chat.completions.with_streaming_response.create(messages=[], **asked)
         else:
             sending = self.client.completions.with_streaming_response.create(prompt="", **asked)
-        pieces, size = [], 0
-        with sending as response:
-            for piece in response.iter_bytes():
-                pieces.append(piece)
-                size += len(piece)
-                if size > MOST_BYTES:
-                    raise ValueError(f"more than {MOST_BYTES} bytes")
-                if time.monotonic() > late:
-                    raise TimeoutError
-        return b"".join(pieces).decode(errors="replace")
+        return _read(sending, MOST_BYTES).decode(errors="replace")
 
     def models(self) -> Any | Failure:
-        """What `GET /models` answers."""
-        return self.call(lambda: self.client.get("/models", cast_to=object))
+        """What `GET /models` answers; None where that is no JSON."""
 
-    def call(self, ask: Callable[[], Any]) -> Any | Failure:
-        """What `ask` returns, or what went wrong with it. Nothing that is raised here may reach a log: services repeat
-        the key in their messages."""
+        def ask() -> Any:
+            data = _read(self.client.models.with_streaming_response.list(), MOST_BYTES)
+            try:
+                return json.loads(data)
+            except (ValueError, RecursionError):
+                return None
+
+        return self.call(ask)
+
+    def file(self, name: str) -> bytes:
+        """The content of a file, for `call`."""
+        return _read(self.client.files.with_streaming_response.content(name), MOST_FILE_BYTES)
+
+    def call(self, ask: Callable[[], Any], within: float | None = None) -> Any | Failure:
+        """What `ask` returns, or what went wrong with it; the whole may take `within` seconds, by default the service's
+        time-out. Nothing that is raised here may reach a log: services repeat the key in their messages.
+
+        httpx's time-outs are for the time between two bytes, and some services send blanks while they think. So it is
+        asked in a thread of its own, which is left alone when it is late; its connection is closed.
+        """
+        within = within or self.service.timeout
+        found: Future[Any] = Future()
+        responses: list[Any] = []
+
+        def exchange() -> None:
+            self._exchange.responses = responses
+            try:
+                found.set_result(self._tried(ask))
+            except BaseException as error:      # for the thread that waits
+                found.set_exception(error)
+
+        threading.Thread(target=exchange, name="exchange", daemon=True).start()
+        try:
+            return found.result(within + GRACE_S)
+        except TimeoutError:
+            for response in responses:
+                with suppress(Exception):       # it may be read at this moment
+                    response.close()
+            return Failure(f"no whole answer within {within:g} s", charged=True)
+
+    def _tried(self, ask: Callable[[], Any]) -> Any | Failure:
         import openai
 
         try:
@@ -99,8 +137,6 @@ class Wire:
             return Failure(self.masked(what), charged=cause not in _NEVER_SENT)
         except (openai.OpenAIError, ValueError, RecursionError) as error:
             return self._broken(f"a body that cannot be read: {type(error).__name__}: {error}")
-        except TimeoutError:
-            return Failure(f"no whole answer within {self.service.timeout:g} s", charged=True)
         except Exception as error:
             if type(error).__module__.partition(".")[0] not in ("httpx", "httpx2"):     # openai's, by its version
                 raise
@@ -176,6 +212,28 @@ class Wire:
     def _broken(self, what: str) -> Failure:
         return Failure(self.masked(what), charged=True)
 
+    def _bare(self, request: Any) -> None:
+        """Of the headers of a request, keep what is needed; the rest is ours."""
+        for name in list(request.headers):
+            if name.lower() not in _PLAIN:
+                del request.headers[name]
+        request.headers.update(self._headers)
+
+    def _note(self, response: Any) -> None:
+        """For `call`; its headers have come, and no more."""
+        getattr(self._exchange, "responses", []).append(response)
+
+
+def _read(sending: Any, most: int) -> bytes:
+    """The body, in pieces. Raises ValueError for more bytes than these."""
+    pieces, size = [], 0
+    with sending as response:
+        for piece in response.iter_bytes():
+            pieces.append(piece)
+            if (size := size + len(piece)) > most:
+                raise ValueError(f"more than {most} bytes")
+    return b"".join(pieces)
+
 
 def _key(service: Service) -> str:
     if service.api_key_env is None:
@@ -208,13 +266,6 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost" or ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
         return False
-
-
-def _bare(request: Any) -> None:
-    """Keep what is needed of the headers of a request."""
-    for name in list(request.headers):
-        if name.lower() not in _PLAIN:
-            del request.headers[name]
 
 
 def _joined(content: Any) -> Any:

@@ -20,13 +20,15 @@ from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 
+from autoeval_hooks import fsio
 from autoeval_hooks.errors import AutoEvalError, ConfigError
 from autoeval_hooks.strict import near
 from eval_runner.evaluators.base import Context, Outcome
 from eval_runner.evaluators.gpt import anchors, answers, details, files, prompts, reviews, scoring, settings, spec
 from eval_runner.evaluators.gpt.budget import Budget
 from eval_runner.evaluators.gpt.client import Asker, Service, Usage
-from eval_runner.evaluators.gpt.journal import Journal
+from eval_runner.evaluators.gpt.journal import SUFFIX, Journal
+from eval_runner.evaluators.gpt.rates import AllRates
 from eval_runner.evaluators.gpt.records import Answer, Judged, Request, Reviewer
 from eval_runner.evaluators.gpt.spec import Spec
 from eval_runner.evaluators.written import clean
@@ -35,10 +37,12 @@ from eval_runner.results.schema import Evaluation
 ANCHORS, BASELINE = "anchors", "baseline"
 """Scopes of the journal that all checkpoints share; a checkpoint's own bears its name."""
 ATTEMPT = "answers"
-"""The scope of what counts for this attempt alone; it goes with the attempt's directory."""
+"""The scope of what is not proven yet; it goes with the attempt's directory."""
+RATES = "rates.json"
+"""In the attempt's directory: what was sent in the last minute."""
 UNPROVEN = "external"
-"""A server of this type may be swapped while it is asked, and that is seen at the end of the attempt: what it answered
-is kept no longer than that."""
+"""A server of this type may be swapped while it is asked, and that is seen when it is looked at again: what it answered
+is not kept before."""
 
 
 @dataclass
@@ -87,6 +91,11 @@ class Work:
             budget.recall(self.journal(scope).spent(self.spec.evaluation))
         return budget
 
+    @cached_property
+    def rates(self) -> AllRates:
+        """Of all services, with what the phase before this one sent."""
+        return AllRates(self.directory / RATES)
+
     def journal(self, scope: str) -> Journal:
         if scope not in self._journals:
             self._journals[scope] = Journal(self.directory_of(scope))
@@ -109,12 +118,16 @@ class Work:
         made = Asker(
             service, self.journal(scope), salt=salt, evaluation=self.spec.evaluation,
             budget=self.budget, batch=batch, progress=progress,
+            rates=self.rates.of(
+                service.base_url, service.api_key_env, service.requests_per_minute, service.tokens_per_minute
+            ),
         )  # fmt: skip
         self.usages.append(made.usage)
         self._askers.append(made)
         return made
 
     def close(self) -> None:
+        self.rates.save()
         for asker in self._askers:
             asker.wire.client.close()
         for journal in self._journals.values():
@@ -134,24 +147,40 @@ class Work:
     def asked(self) -> list[Request]:
         return answers.requests(self.inputs.questions, self.chosen.answers, self.style, self.spec.name)
 
-    def checkpoint(self) -> Asker:
+    def checkpoint(self, scope: str) -> Asker:
         s = self.spec
-        service = answers.service(s.served, self.chosen.answers, s.name, s.facts, s.where)
+        service = answers.service(s.served, self.chosen.answers, s.name, s.digest, s.facts, s.where)
 
         def progress(done: int, total: int) -> None:
             self.tell(done / max(total, 1), f"answers: {done} of {total}")
 
-        scope = ATTEMPT if s.facts.get("server") == UNPROVEN else clean(s.name)
         asker = answers.Served(service, self.journal(scope), progress=progress)
         asker.name = s.served.model if s.served else ""
         self._askers.append(asker)
         return asker
 
+    @property
+    def unknown(self) -> list[int]:
+        """Which questions the checkpoint has not answered yet."""
+        known = self.checkpoint(clean(self.spec.name)).known
+        return [i for i, request in enumerate(self.asked) if known(request) is None]
+
+    def keep(self) -> None:
+        """What was not proven is so by now. Raises AutoEvalError where it cannot be written."""
+        target = self.directory_of(clean(self.spec.name))
+        for path in self.directory_of(ATTEMPT).glob(f"*{SUFFIX}"):
+            try:
+                fsio.make_dirs(fsio.FileOps(), str(target))
+                fsio.replace(str(target / path.name), path.read_bytes())    # never seen in part
+            except OSError as error:
+                raise AutoEvalError(f"{target}: cannot keep the answers: {error.strerror or error}") from error
+
     def answered(self) -> list[Answer]:
         """The checkpoint's, all of which are known by now."""
         stop = answers.stops(self.chosen.answers, self.style)
         s = self.spec
-        return answers.answers(self.checkpoint(), self.inputs.questions, self.asked, s.name, stop, s.window)
+        asker = self.checkpoint(clean(s.name))
+        return answers.answers(asker, self.inputs.questions, self.asked, s.name, stop, s.window)
 
     # ------------------------------------------------------------------ judge and baseline
 
@@ -183,10 +212,15 @@ class Work:
         """The anchors as this version judges them; without one, as the judge's first did."""
         with anchors.alone(self.directory_of(ANCHORS), lambda: self.tell(part[0], "waits for another runner")):
             self.journal(ANCHORS).refresh()
-            first = anchors.first_look(self.panel(ANCHORS, "judge", part), self.pairs, self._usual(None))
+            first = self.first_look(part)
             at = at or first
             panel = self.panel(ANCHORS, "anchors", part, salt=at.reported)
-            return anchors.judged(panel, self.pairs, self._usual(at.asked))
+            return anchors.judged(panel, self.pairs, self._usual(at.asked), self.spec.where)
+
+    def first_look(self, part: tuple[float, float]) -> anchors.Version:
+        """One request to the judge, once for all evaluations; about a pair of ours where the suite has no anchors."""
+        pairs = self.pairs or anchors.read(settings.built_in("anchors.jsonl"))
+        return anchors.first_look(self.panel(ANCHORS, "judge", part), pairs, self._usual(None))
 
     def _usual(self, model: str | None) -> Reviewer:
         """The reviewer of most questions, or of most of those that this model judges."""
@@ -200,30 +234,29 @@ class Work:
 
 def prepare(work: Work) -> None:
     judge = reviews.service(work.chosen.judge, work.spec.where)
-    _look(work.asker(judge, ANCHORS), {r.model for r in work.reviewers}, work.chosen.judge.accept_models)
+    listed = _look(work.asker(judge, ANCHORS), {r.model for r in work.reviewers}, work.chosen.judge.accept_models)
     if (chosen := work.chosen.baseline) is not None:
         service = answers.baseline_service(chosen, work.spec.where)
         _look(work.asker(service, BASELINE), {chosen.model}, chosen.accept_models)
     if work.pairs:
         work.anchored(None, (0.1, 0.5))
+    elif not listed:        # nothing tells so far that there is a judge at all
+        work.first_look((0.1, 0.5))
     work.baseline((0.5, 1.0))
-    known = work.checkpoint().known
-    missing = sum(known(request) is None for request in work.asked)
-    spec.write(work.directory / spec.PREPARED, spec.Prepared(missing))
+    spec.write(work.directory / spec.PREPARED, spec.Prepared(len(work.unknown)))
 
 
-def _look(asker: Asker, models: set[str], accepted: Sequence[str]) -> None:
-    """Raise ConfigError where the service lists its models, and those asked for are not among them."""
-    listed = asker.models()
-    if not listed:
-        return
-    for model in sorted(models):
+def _look(asker: Asker, models: set[str], accepted: Sequence[str]) -> bool:
+    """Whether the service lists its models. Raises ConfigError where those asked for are not among them."""
+    listed = asker.models() or []
+    for model in sorted(models) if listed else ():
         if model not in accepted and not any(_is(name, model) for name in listed):
             where = asker.service.where
             raise ConfigError(
                 f"{where}.model: {asker.service.base_url} lists no model {model!r}{near(model, listed[:100])}; if it "
                 f"has it all the same, write it into {where}.accept_models, too"
             )
+    return bool(listed)
 
 
 def _is(listed: str, model: str) -> bool:
@@ -232,11 +265,14 @@ def _is(listed: str, model: str) -> bool:
 
 
 def answer(work: Work) -> None:
-    answers.collect(work.checkpoint(), work.inputs.questions, work.asked, work.spec.window)
+    s, left = work.spec, work.unknown
+    asker = work.checkpoint(ATTEMPT if s.facts.get("server") == UNPROVEN else clean(s.name))
+    answers.collect(asker, [work.inputs.questions[i] for i in left], [work.asked[i] for i in left], s.window)
 
 
 def review(work: Work) -> None:
     s, chosen = work.spec, work.chosen
+    work.keep()
     baseline, answered = work.baseline((0.0, 0.05)), work.answered()
     panel = work.panel(clean(s.name), "reviews", (0.05, 0.85), batch=chosen.judge.batch)
     judged, form = reviews.judge(panel, work.inputs.questions, answered, baseline)

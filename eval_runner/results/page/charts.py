@@ -22,7 +22,7 @@ def chart_data(table: Sequence[Row]) -> dict[str, Any]:
     changes = judge_changes(table)
     place: dict[tuple[str, int], int] = {}
     charts: dict[tuple[str, str], dict[tuple[str, str], dict[str, Any]]] = {}
-    for row in sorted(shown, key=lambda row: (row.suite != row.result.suite, row.key, row.run, row.result.step)):
+    for row in sorted(shown, key=lambda row: (row.suite != row.result.suite, row.key[:2], row.place)):
         r, s, run = row.result, row.score, names.index(row.run)
         checkpoints: Any = runs[run]["checkpoints"]
         at = place.setdefault((row.run, r.step), len(checkpoints))

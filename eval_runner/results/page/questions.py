@@ -17,6 +17,8 @@ MAX_PAGE_CHARS = 4_000_000
 """Of texts on one page, which a browser opens at once; what is more goes on another."""
 MAX_FILTERS = 30
 """Outcomes or categories that can be chosen by; for more of them there is no choice."""
+MAX_PREVIEW = 140
+"""Characters of the question that stand beside its outcome."""
 SOURCES = ("questions.py", "questions.html", "questions.css", "page.css", "markup.py", "words.py")
 """All that a page is made of, beside the result."""
 
@@ -60,6 +62,8 @@ def _page(result: Result, benchmark: str, details: Sequence[Detail], names: Sequ
     questions = [_question(d, f"o{outcomes[d.outcome]} c{categories[d.category]}") for d in details]
     name = result.run.name or result.run.id
     where = f"{name} · {result.suite} · step {result.step:,} · {os.path.basename(result.checkpoint.rstrip('/'))}"
+    if judge := _judge(result, benchmark):
+        where += f" · judged by {judge}"
     cards = el("dl", *(_card(s) for s in result.scores if s.benchmark == benchmark), class_="facts")
     body = join(
         el("p", el("a", "All scores", href="../index.html"), class_="back"),
@@ -71,11 +75,18 @@ def _page(result: Result, benchmark: str, details: Sequence[Detail], names: Sequ
 
 
 def _question(d: Detail, classes: str) -> Safe:
-    preview = " ".join(d.texts[0][1].split())[:140] if d.texts else ""
+    preview = " ".join(d.texts[0][1].split()) if d.texts else ""
+    preview = preview if len(preview) <= MAX_PREVIEW else preview[:MAX_PREVIEW] + "…"
     badge = el("span", d.outcome, class_=f"badge {BADGES.get(d.outcome, 'noise')}")
     about = el("small", f"{d.id} · {d.category}  ", class_="soft")
     texts = (el("section", el("h2", heading), el("pre", text, dir="auto")) for heading, text in d.texts)
     return el("details", el("summary", badge, about, preview), el("div", *texts, class_="texts"), class_=classes)
+
+
+def _judge(result: Result, benchmark: str) -> str:
+    """The models that judged it, as they call themselves; "" where none did."""
+    mine = [e for e in result.evaluations if any(s.benchmark == benchmark for s in e.scores)]
+    return ", ".join(sorted({judge for e in mine if (judge := e.versions.get("judge"))}))
 
 
 def _card(s: Score) -> Safe:

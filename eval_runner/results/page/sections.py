@@ -11,7 +11,7 @@ from eval_runner.results.comparisons import Comparison, Latest
 from eval_runner.results.page.markup import Safe, el, join
 from eval_runner.results.page.words import ARROWS, NONE, billions, duration, minus, number, plural, time
 from eval_runner.results.schema import Failure, Score
-from eval_runner.results.series import Row, judge_changes
+from eval_runner.results.series import ANCHORS, Row, judge_changes
 from eval_runner.results.statistics import ALPHA, bounds
 from eval_runner.results.store import Contents
 
@@ -20,10 +20,11 @@ REASONS = {
     "checkpoint": "The checkpoint cannot be evaluated",
     "configuration": "The configuration must be changed",
 }
+BY_CATEGORY = "By category"
 NOTES = """Bars in the charts are 95 % intervals: the evaluator's own where it gives one (a judge's scores have the
-bootstrap's over questions), else ± 1.96 standard errors, or Wilson's interval where a score is a proportion of right
-answers. Tables give value ± standard error, or the interval in brackets where that error is 0. A score that is a link
-leads to its questions, answers and reviews.
+bootstrap's over questions, at least Wilson's where few of them differ), else ± 1.96 standard errors, or Wilson's
+interval where a score is a proportion of right answers. Tables give value ± standard error, or the interval in brackets
+where that error is 0. A score that is a link leads to its questions, answers and reviews.
 “Better”, “worse”, “higher” and “lower” mean that the difference to the other checkpoint on the same instances has
 p < 0.05 (paired t test; McNemar's exact test for right and wrong answers); anything else is within noise. The errors
 are those of the choice of instances, not of another training run. The best of many earlier checkpoints was partly
@@ -57,6 +58,8 @@ def _facts(contents: Contents, table: Sequence[Row], runs: int) -> list[tuple[st
             ("Evaluation itself", duration(averages.median(r.eval_s for r in ok)), "median"),
             ("Last result", *time(last.finished_at)),
         ]
+        if judges := {judge for r in ok for e in r.evaluations if (judge := e.versions.get("judge"))}:
+            facts.append(("Judged by", ", ".join(sorted(judges)), "as it reports its own name"))
         facts += _usage([e.usage for r in ok for e in r.evaluations if e.usage])
     if count := len(_failures(contents)):
         facts.append(("Failed", str(count), "reasons below"))
@@ -70,9 +73,13 @@ def _usage(usages: Sequence[Mapping[str, float]]) -> list[tuple[str, str, str]]:
     total: Counter[str] = Counter()
     for usage in usages:
         total.update(usage)
-    told = f"{int(total['requests']):,} asked, {int(total['cached']):,} known before"
+    asked, known = int(total["requests"]), f"{int(total['cached']):,} known before"
+    told = f"{asked:,} asked, {known}"
     if not any("cost_usd" in usage for usage in usages):
-        return [("Judge and models", plural(int(total["requests"]), "request"), told)]
+        return [("Judge and models", plural(asked, "request"), told)]
+    priced = int(sum(usage.get("requests", 0) for usage in usages if "cost_usd" in usage))
+    if priced < asked:
+        told = f"for {priced:,} of {asked:,} requests; the price of the others is not known; {known}"
     return [("Judge and models", f"${total['cost_usd']:,.2f}", told)]
 
 
@@ -97,15 +104,35 @@ def latest(compared: Sequence[Latest], links: Links) -> Safe:
     tables = []
     for run in runs:
         mine = sorted((item for item in compared if item.row.run == run), key=_urgency)
-        tally = Counter(item.previous.verdict for item in mine if item.previous)
-        summary = ", ".join(f"{count} {verdict}" for verdict, count in tally.items())
-        about = el("span", f"against the previous checkpoint: {summary}" if summary else "", class_="soft small")
         head = _head("Benchmark", "Step", "Score", "Against the previous checkpoint", "Against the best earlier one")
-        lines = [_latest_line(item, links) for item in mine]
+        parts = _parts([item.row for item in mine])
+        folded = [item for item in mine if item.row.key in parts]
+        lines = [_latest_line(item, links) for item in mine if item.row.key not in parts]
         table = _table("", head, lines, label=f"Latest scores of {run}", stack=True)
-        tables.append(el("details", el("summary", run, "  ", about), table, open=len(runs) <= 2))
+        if folded:
+            lines = [_latest_line(item, links) for item in folded]
+            more = _table("", head, lines, label=f"Latest scores of {run} by category", stack=True)
+            table = join(table, el("details", el("summary", BY_CATEGORY, "  ", _tally(folded)), more))
+        tables.append(el("details", el("summary", run, "  ", _tally(mine)), table, open=len(runs) <= 2))
     note = el("p", _chance(compared), class_="small soft")
     return el("section", el("h2", "Latest checkpoint"), *tables, note, aria_label="Latest checkpoint")
+
+
+def _tally(items: Sequence[Latest]) -> Safe:
+    tally = Counter(item.previous.verdict for item in items if item.previous)
+    summary = ", ".join(f"{count} {verdict}" for verdict, count in tally.items())
+    return el("span", f"against the previous checkpoint: {summary}" if summary else "", class_="soft small")
+
+
+def _parts(table: Sequence[Row]) -> set[tuple[str, str, str, str]]:
+    """The keys of ``NAME.CATEGORY`` where NAME is a benchmark, too. Anchors are no category."""
+    whole = {row.key[:2] for row in table}
+
+    def part(suite: str, benchmark: str) -> bool:
+        names = [benchmark[:i] for i, letter in enumerate(benchmark) if letter == "."]
+        return not benchmark.endswith(f".{ANCHORS}") and any((suite, name) in whole for name in names)
+
+    return {row.key for row in table if part(*row.key[:2])}
 
 
 def _latest_line(item: Latest, links: Links) -> list[Safe]:
@@ -225,30 +252,39 @@ def failed(contents: Contents) -> Safe:
 
 
 def scores(table: Sequence[Row], links: Links) -> Safe:
-    """A table for each run: steps, the latest first, by benchmarks."""
+    """A table for each run, and one of its categories: steps, the latest first, by benchmarks."""
     tables = []
     judges = {(run, step): change for (run, _, step), change in judge_changes(table).items()}
     for run in dict.fromkeys(row.run for row in table if not row.superseded):
         mine = [row for row in table if row.run == run]
-        sizes: dict[tuple[str, str, str, str], set[int]] = {}
-        for row in mine:
-            sizes.setdefault(row.key, set()).add(row.score.n)
-        several = len({key[0] for key in sizes}) > 1
-        titles = [_score_title(key, several, found) for key, found in sizes.items()]
-        tokens = any(row.result.tokens is not None for row in mine)
-        step_title = el("th", "Step", scope="col", class_="num pin")
-        token_title = el("th", "Tokens", el("small", "billions"), scope="col", class_="num") if tokens else Safe("")
-        cells = {(row.result.step, row.key): row for row in mine}
-        points = {row.result.step: row.result for row in mine}
-        lines = [
-            [el("th", f"{step:,}", _judge(judges.get((run, step))), scope="row", class_="num pin",
-                title=points[step].checkpoint),
-             _number_cell(billions(points[step].tokens)) if tokens else Safe(""),
-             *(_score_cell(cells.get((step, key)), len(found) > 1, links) for key, found in sizes.items())]
-            for step in sorted(points, reverse=True)
-        ]  # fmt: skip
-        tables.append(_table(run, [step_title, token_title, *titles], lines))
+        parts = _parts(mine)
+        changes = {step: change for (name, step), change in judges.items() if name == run}
+        tables.append(_by_step(run, [row for row in mine if row.key not in parts], changes, links))
+        if folded := [row for row in mine if row.key in parts]:
+            more = _by_step(f"{run}, by category", folded, changes, links)
+            tables.append(el("details", el("summary", BY_CATEGORY), more))
     return el("section", el("h2", "All scores"), *tables, aria_label="All scores")
+
+
+def _by_step(caption: str, mine: Sequence[Row], judges: Mapping[int, str], links: Links) -> Safe:
+    sizes: dict[tuple[str, str, str, str], set[int]] = {}
+    for row in mine:
+        sizes.setdefault(row.key, set()).add(row.score.n)
+    several = len({key[0] for key in sizes}) > 1
+    titles = [_score_title(key, several, found) for key, found in sizes.items()]
+    tokens = any(row.result.tokens is not None for row in mine)
+    step_title = el("th", "Step", scope="col", class_="num pin")
+    token_title = el("th", "Tokens", el("small", "billions"), scope="col", class_="num") if tokens else Safe("")
+    cells = {(row.result.step, row.key): row for row in mine}
+    points = {row.result.step: row.result for row in mine}
+    lines = [
+        [el("th", f"{step:,}", _judge(judges.get(step)), scope="row", class_="num pin",
+            title=points[step].checkpoint),
+         _number_cell(billions(points[step].tokens)) if tokens else Safe(""),
+         *(_score_cell(cells.get((step, key)), len(found) > 1, links) for key, found in sizes.items())]
+        for step in sorted(points, reverse=True)
+    ]  # fmt: skip
+    return _table(caption, [step_title, token_title, *titles], lines)
 
 
 def _judge(change: str | None) -> Safe:
