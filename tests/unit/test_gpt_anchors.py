@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from autoeval_hooks.errors import ConfigError
-from eval_runner.evaluators.gpt import anchors, reviews
+from eval_runner.evaluators.gpt import anchors
 from eval_runner.evaluators.gpt.anchors import Version
 from eval_runner.evaluators.gpt.records import Answer, Judged, Question, Review
 from eval_runner.evaluators.gpt.reviews import Panel
-from eval_runner.evaluators.gpt.settings import JudgeSettings, built_in
+from eval_runner.evaluators.gpt.settings import JudgeSettings, built_in, service
 from tests.gpt_lab import LINE, REVIEWER, Judge, lines, points, write_files
 
 GOOD = {"question_id": 1, "text": "Why?", "category": "x", "answer_1": "So.", "answer_2": "No."}
@@ -55,7 +55,7 @@ def pairs(tmp_path: Path) -> tuple[anchors.Anchor, ...]:
 def panel(tmp_path: Path) -> Callable[..., Panel]:
     def make(judge: Judge, salt: str = "") -> Panel:
         settings = JudgeSettings(base_url=judge.url, api_key_env=None)
-        asker = judge.asker(reviews.service(settings, "here"), tmp_path / "journal", salt=salt)
+        asker = judge.asker(service(settings, "the judge", "here.judge"), tmp_path / "journal", salt=salt)
         return Panel(asker, asker, {"general": LINE}, {"general": REVIEWER}, settings)
 
     return make

@@ -15,6 +15,7 @@ from eval_runner.evaluators.gpt.client import Asker
 from eval_runner.evaluators.gpt.journal import Journal
 from eval_runner.evaluators.gpt.records import Question
 from eval_runner.evaluators.gpt.settings import AnswerSettings, BaselineModel
+from eval_runner.evaluators.gpt.settings import service as settings_service
 from eval_runner.servers.base import Endpoint
 from tests.gpt_lab import QUESTIONS, Judge
 from tests.judge_stand_in import Body, JudgeStandIn
@@ -175,7 +176,7 @@ def test_an_empty_answer_is_one_and_an_answer_that_is_gone_is_not(served: Callab
 
 def baseline(server: Judge, directory: Path) -> Asker:
     settings = BaselineModel("gpt", base_url=server.url, api_key_env=None)
-    return server.asker(answers.baseline_service(settings, "here"), directory)
+    return server.asker(settings_service(settings, "the baseline", "here.baseline"), directory)
 
 
 def test_a_baseline_of_an_api_is_asked_once_for_all_checkpoints(tmp_path: Path) -> None:

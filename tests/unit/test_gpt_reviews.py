@@ -14,7 +14,7 @@ from autoeval_hooks.errors import ConfigError
 from eval_runner.evaluators.gpt import details, reviews
 from eval_runner.evaluators.gpt.records import Judged, Prompt, Question, Reply, Review
 from eval_runner.evaluators.gpt.reviews import Panel
-from eval_runner.evaluators.gpt.settings import JudgeSettings
+from eval_runner.evaluators.gpt.settings import JudgeSettings, service
 from tests.gpt_lab import JSON, LINE, QUESTIONS, REVIEWER, Judge, answers, asked, points
 from tests.judge_stand_in import Body
 
@@ -25,7 +25,7 @@ Make = Callable[..., Panel]
 def panel(tmp_path: Path) -> Make:
     def make(judge: Judge, prompt: Prompt = LINE, **settings: Any) -> Panel:
         told = JudgeSettings(base_url=judge.url, api_key_env=None, attempts=2, **settings)
-        asker = judge.asker(reviews.service(told, "here"), tmp_path / "journal")
+        asker = judge.asker(service(told, "the judge", "here.judge"), tmp_path / "journal")
         return Panel(asker, asker, {"general": prompt}, {"general": REVIEWER}, told)
 
     return make
@@ -181,7 +181,7 @@ def test_a_batch_is_for_all_but_the_first_look_and_the_repairs(panel: Make, tmp_
 
     with Judge(reply) as judge:
         direct = panel(judge, JSON)
-        bulk = judge.asker(reviews.service(direct.settings, "here"), tmp_path / "journal", batch=True)
+        bulk = judge.asker(service(direct.settings, "the judge", "here.judge"), tmp_path / "journal", batch=True)
         found, _ = judged(replace(direct, bulk=bulk))
         how = [r.method for r in judge.requests]
     assert (how.count("BATCH"), how.count("POST")) == (7, 3)

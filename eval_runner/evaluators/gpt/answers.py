@@ -186,16 +186,6 @@ def clean_text(text: str) -> str:
 # ---------------------------------------------------------------------- the baseline
 
 
-def baseline_service(settings: BaselineModel, where: str) -> Service:
-    return Service(
-        name="the baseline", base_url=settings.base_url, identity=settings.base_url, api_key_env=settings.api_key_env,
-        organization_env=settings.organization_env, concurrency=settings.concurrency,
-        requests_per_minute=settings.requests_per_minute, tokens_per_minute=settings.tokens_per_minute,
-        timeout=settings.timeout, attempts=settings.attempts, price=settings.price,
-        accept_models=settings.accept_models, where=f"{where}.baseline",
-    )  # fmt: skip
-
-
 def baseline_requests(
     questions: Sequence[Question], settings: BaselineModel, answering: AnswerSettings
 ) -> list[Request]:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from autoeval_hooks.errors import ConfigError
 from eval_runner.evaluators.gpt import prompts
-from eval_runner.evaluators.gpt.client import Asker, ParameterRefused, Service
+from eval_runner.evaluators.gpt.client import Asker, ParameterRefused
 from eval_runner.evaluators.gpt.records import Answer, Judged, Prompt, Question, Reply, Request, Review, Reviewer
 from eval_runner.evaluators.gpt.settings import JudgeSettings
 
@@ -51,16 +51,6 @@ class Panel:
             question, first, second, prompts.prompt_for(self.prompts, question.category),
             prompts.reviewer_for(self.reviewers, question.category, self.settings),
         )  # fmt: skip
-
-
-def service(settings: JudgeSettings, where: str) -> Service:
-    return Service(
-        name="the judge", base_url=settings.base_url, identity=settings.base_url, api_key_env=settings.api_key_env,
-        organization_env=settings.organization_env, concurrency=settings.concurrency,
-        requests_per_minute=settings.requests_per_minute, tokens_per_minute=settings.tokens_per_minute,
-        timeout=settings.timeout, attempts=settings.attempts, price=settings.price,
-        accept_models=settings.accept_models, where=f"{where}.judge",
-    )  # fmt: skip
 
 
 def judge(

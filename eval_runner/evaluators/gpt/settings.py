@@ -17,6 +17,7 @@ from autoeval_hooks.strict import build, near
 from eval_runner.evaluators.base import Context
 from eval_runner.evaluators.gpt.budget import Price
 from eval_runner.evaluators.gpt.records import Mode
+from eval_runner.evaluators.gpt.service import Service
 from eval_runner.evaluators.written import clean, located, prefixed
 
 SETS = ("general-en", "general-ja", "general-ko")
@@ -170,6 +171,12 @@ def locate(settings: Settings, context: Context) -> Located:
         reviewers=file("reviewer_file", "reviewers.jsonl"),
         anchors=_anchors(settings.anchors, context),
     )
+
+
+def service(part: JudgeSettings | BaselineModel, name: str, where: str) -> Service:
+    """How a service is asked; `name` is for messages, `where` the key path of its settings."""
+    same = {f.name: getattr(part, f.name) for f in dataclasses.fields(Service) if hasattr(part, f.name)}
+    return Service(name=name, identity=part.base_url, where=where, **same)
 
 
 def built_in(name: str) -> Path:

@@ -184,13 +184,19 @@ class Work:
 
     # ------------------------------------------------------------------ judge and baseline
 
+    @property
+    def judge(self) -> Service:
+        return settings.service(self.chosen.judge, "the judge", f"{self.spec.where}.judge")
+
+    def baseline_service(self, chosen: settings.BaselineModel) -> Service:
+        return settings.service(chosen, "the baseline", f"{self.spec.where}.baseline")
+
     def panel(
         self, scope: str, what: str, part: tuple[float, float], *, salt: str = "", batch: bool = False
     ) -> reviews.Panel:
         """With our own prompts for the anchors, so that all suites share their reviews."""
-        judge = reviews.service(self.chosen.judge, self.spec.where)
-        direct = self.asker(judge, scope, salt=salt, what=what, part=part)
-        bulk = self.asker(judge, scope, salt=salt, what=what, part=part, batch=True) if batch else direct
+        direct = self.asker(self.judge, scope, salt=salt, what=what, part=part)
+        bulk = self.asker(self.judge, scope, salt=salt, what=what, part=part, batch=True) if batch else direct
         asked = self.inputs.prompts
         if scope == ANCHORS:
             asked = files.read_prompts(settings.built_in("prompts-pairwise.jsonl"))
@@ -202,7 +208,7 @@ class Work:
         if chosen is None:
             return self.inputs.baseline
         asked = answers.baseline_requests(questions, chosen, self.chosen.answers)
-        service = answers.baseline_service(chosen, self.spec.where)
+        service = self.baseline_service(chosen)
         with anchors.alone(self.directory_of(BASELINE), lambda: self.tell(part[0], "waits for another runner")):
             self.journal(BASELINE).refresh()
             asker = self.asker(service, BASELINE, what="baseline", part=part)
@@ -233,11 +239,9 @@ class Work:
 
 
 def prepare(work: Work) -> None:
-    judge = reviews.service(work.chosen.judge, work.spec.where)
-    listed = _look(work.asker(judge, ANCHORS), {r.model for r in work.reviewers}, work.chosen.judge.accept_models)
+    listed = _look(work.asker(work.judge, ANCHORS), {r.model for r in work.reviewers}, work.chosen.judge.accept_models)
     if (chosen := work.chosen.baseline) is not None:
-        service = answers.baseline_service(chosen, work.spec.where)
-        _look(work.asker(service, BASELINE), {chosen.model}, chosen.accept_models)
+        _look(work.asker(work.baseline_service(chosen), BASELINE), {chosen.model}, chosen.accept_models)
     if work.pairs:
         work.anchored(None, (0.1, 0.5))
     elif not listed:        # nothing tells so far that there is a judge at all
