@@ -98,7 +98,7 @@ class Clients:
 
 
 def _kill(pid: int, how: int, ended: threading.Event) -> None:
-    """Again and again: one run, on an overloaded machine, waited 300 s for the end of a killed client, nobody knows why."""
+    """Again and again: one run on an overloaded machine waited 300 s for a killed client; nobody knows why."""
     while True:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, how)
