@@ -8,9 +8,10 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval_runner.evaluators.gpt.client import Asker, Service
+from eval_runner.evaluators.gpt.client import Asker
 from eval_runner.evaluators.gpt.journal import Journal
 from eval_runner.evaluators.gpt.records import Answer, Prompt, Question, Reviewer
+from eval_runner.evaluators.gpt.service import Service
 from tests.judge_stand_in import Body, JudgeStandIn
 
 PAIR = "Q: {question}\n<1>{answer_1}</1>\n<2>{answer_2}</2>\nScores as `a,b` in the last line."

@@ -1,17 +1,27 @@
-"""What the settings of evaluators have in common: messages, paths, names and digests of what they write."""
+"""What the settings of evaluators and servers have in common: messages, paths, names and digests of what they write."""
 
 from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from eval_runner.evaluators.base import Context
+from autoeval_hooks.errors import ConfigError
+
+if TYPE_CHECKING:       # which imports servers
+    from eval_runner.evaluators.base import Context
 
 
 def prefixed(context: Context, message: str) -> str:
     """The message with the file before it."""
     return f"{context.config_file}: {message}" if context.config_file else message
+
+
+def refused(context: Context, errors: Iterable[str]) -> ConfigError:
+    """All that is wrong with some settings."""
+    return ConfigError("; ".join(prefixed(context, error) for error in errors))
 
 
 def located(base_dir: Path, written: str) -> Path:

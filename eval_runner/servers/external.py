@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from autoeval_hooks.errors import AutoEvalError, ConfigError
 from autoeval_hooks.strict import build
+from eval_runner.evaluators.written import prefixed, refused
 from eval_runner.process import Stopped
 from eval_runner.servers.base import Endpoint, Serving
 
@@ -57,8 +58,8 @@ class ExternalServer:
     """A `base.Server`. See `Settings` for the keys."""
 
     def __init__(self, settings: dict[str, Any], context: Context) -> None:
-        self._where = f"{context.config_file}: {context.where}" if context.config_file else context.where
-        self._settings = _parse(settings, context.where, self._where)
+        self._where = prefixed(context, context.where)
+        self._settings = _parse(settings, context)
         self._url = self._settings.url.rstrip("/").removesuffix("/v1").rstrip("/")
 
     def check(self) -> None:
@@ -196,8 +197,8 @@ def _names(listed: list[str]) -> str:
     return ", ".join(listed[:3]) + (" …" if len(listed) > 3 else "") if listed else "no model"
 
 
-def _parse(data: dict[str, Any], key: str, where: str) -> Settings:
-    errors: list[str] = []
+def _parse(data: dict[str, Any], context: Context) -> Settings:
+    key, errors = context.where, list[str]()
     settings = build(Settings, data, key, errors)
     if settings is not None:
         if settings.start_timeout <= 0:
@@ -207,8 +208,7 @@ def _parse(data: dict[str, Any], key: str, where: str) -> Settings:
         if said := _misfit(settings.url):
             errors.append(f"{key}.url: {said}")
     if errors or settings is None:
-        prefix = where.removesuffix(key)
-        raise ConfigError("; ".join(f"{prefix}{error}" for error in errors))
+        raise refused(context, errors)
     return settings
 
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from autoeval_hooks.errors import CheckpointError, ConfigError
 from autoeval_hooks.strict import build
+from eval_runner.evaluators.written import located, prefixed, refused
 from eval_runner.servers import contents, interpreter, launch
 from eval_runner.servers import megatron_arguments as arguments
 from eval_runner.servers.base import Endpoint, Serving
@@ -68,10 +69,10 @@ class MegatronServer:
     """A `base.Server`. See `Settings` for the keys."""
 
     def __init__(self, settings: dict[str, Any], context: Context) -> None:
-        self._where = f"{context.config_file}: {context.where}" if context.config_file else context.where
-        self._settings = s = _parse(settings, context.where, self._where)
-        self._checkout = _located(context.base_dir, s.checkout)
-        self._given_script = _located(context.base_dir, s.script) if s.script else None
+        self._where = prefixed(context, context.where)
+        self._settings = s = _parse(settings, context)
+        self._checkout = located(context.base_dir, s.checkout)
+        self._given_script = located(context.base_dir, s.script) if s.script else None
         self._python = interpreter.find(s.python, context.base_dir)
         self._seen: tuple[interpreter.Found, str] | None = None      # what the last `check` was told, and the commit
 
@@ -229,8 +230,8 @@ _STATIC = launch.Probe(
 )  # fmt: skip
 
 
-def _parse(data: dict[str, Any], key: str, where: str) -> Settings:
-    errors: list[str] = []
+def _parse(data: dict[str, Any], context: Context) -> Settings:
+    key, errors = context.where, list[str]()
     settings = build(Settings, data, key, errors)
     if settings is not None:
         for name in ("tensor_parallel", "pipeline_parallel"):
@@ -242,8 +243,7 @@ def _parse(data: dict[str, Any], key: str, where: str) -> Settings:
             if getattr(settings, name) == "":
                 errors.append(f"{key}.{name}: empty")
     if errors or settings is None:
-        prefix = where.removesuffix(key)
-        raise ConfigError("; ".join(f"{prefix}{error}" for error in errors))
+        raise refused(context, errors)
     return settings
 
 
@@ -256,7 +256,3 @@ def _record(checkpoint: Servable) -> MegatronRecord:
 def _environment(checkout: Path) -> dict[str, str]:
     path = os.pathsep.join(filter(None, [str(checkout), os.environ.get("PYTHONPATH", "")]))
     return {"CUDA_DEVICE_MAX_CONNECTIONS": "1", **os.environ, "PYTHONPATH": path, "PYTHONUNBUFFERED": "1"}
-
-
-def _located(base_dir: Path, written: str) -> Path:
-    return (base_dir / Path(written).expanduser()).absolute()

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from autoeval_hooks.errors import AutoEvalError, ConfigError
 from autoeval_hooks.strict import build
+from eval_runner.evaluators.written import prefixed, refused
 from eval_runner.servers import contents, gpus, interpreter, launch
 from eval_runner.servers.base import Endpoint, Serving
 
@@ -158,8 +159,8 @@ class ProgramServer:
 
     def __init__(self, settings: dict[str, Any], context: Context) -> None:
         self._key = context.where
-        self._where = f"{context.config_file}: {context.where}" if context.config_file else context.where
-        self._settings = _parse(settings, self.program, context.where, self._where)
+        self._where = prefixed(context, context.where)
+        self._settings = _parse(settings, self.program, context)
         self._python = interpreter.find(self._settings.python, context.base_dir)
         self._found: interpreter.Found | None = None
         self._visible: tuple[gpus.Gpu, ...] | None = None
@@ -323,8 +324,8 @@ def _flag(argument: str) -> str:
     return argument.partition("=")[0].replace("_", "-")
 
 
-def _parse(data: dict[str, Any], program: Program, key: str, where: str) -> Settings:
-    errors: list[str] = []
+def _parse(data: dict[str, Any], program: Program, context: Context) -> Settings:
+    key, errors = context.where, list[str]()
     settings = build(Settings, data, key, errors)
     if settings is not None:
         if settings.start_timeout <= 0:
@@ -339,6 +340,5 @@ def _parse(data: dict[str, Any], program: Program, key: str, where: str) -> Sett
             elif _flag(argument) in program.ours:
                 errors.append(f"{key}.arguments[{i}]: {argument}: is set by autoeval, which must know it; remove it")
     if errors or settings is None:
-        prefix = where.removesuffix(key)
-        raise ConfigError("; ".join(f"{prefix}{error}" for error in errors))
+        raise refused(context, errors)
     return settings

@@ -29,14 +29,17 @@ from pathlib import Path
 import openai
 from eval_runner.evaluators.gpt import batch
 from eval_runner.evaluators.gpt.budget import Budget, Price
-from eval_runner.evaluators.gpt.client import Asker, Service
+from eval_runner.evaluators.gpt.client import Asker
+from eval_runner.evaluators.gpt.service import Service
 from eval_runner.evaluators.gpt.journal import Journal
 from eval_runner.evaluators.gpt.records import Request
 
 batch.POLL_S = 0.05
 
 def run(url, directory, requests, concurrency, limit, batched):
-    service = Service("the judge", url, "judge", concurrency=concurrency, price=Price(0.0, 1e6), where="judge")
+    service = Service(
+        name="the judge", base_url=url, identity="judge", concurrency=concurrency, price=Price(0.0, 1e6), where="judge",
+    )
     asker = Asker(service, Journal(Path(directory)), evaluation="e", budget=Budget(limit), batch=batched)
     print("starts", os.getpid(), flush=True)
     messages = lambda i: [{"role": "user", "content": f"質問 {i}"}]

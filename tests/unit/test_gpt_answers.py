@@ -175,18 +175,19 @@ def test_an_empty_answer_is_one_and_an_answer_that_is_gone_is_not(served: Callab
 
 
 def baseline(server: Judge, directory: Path) -> Asker:
-    settings = BaselineModel("gpt", base_url=server.url, api_key_env=None)
+    settings = BaselineModel(model="gpt", base_url=server.url, api_key_env=None)
     return server.asker(settings_service(settings, "the baseline", "here.baseline"), directory)
 
 
 def test_a_baseline_of_an_api_is_asked_once_for_all_checkpoints(tmp_path: Path) -> None:
     answering = AnswerSettings(system="Be.", stop=("###",), max_tokens=9)
-    asked = answers.baseline_requests(QUESTIONS, BaselineModel("gpt", base_url="http://x/v1"), answering)
+    asked = answers.baseline_requests(QUESTIONS, BaselineModel(model="gpt", base_url="http://x/v1"), answering)
     assert asked[0].body == {
         "model": "gpt", "max_tokens": 9, "temperature": 0.0, "stop": ["###"],
         "messages": [{"role": "system", "content": "Be."}, {"role": "user", "content": QUESTIONS[0].text}],
     }  # fmt: skip
-    bare = answers.baseline_requests(QUESTIONS[:1], BaselineModel("gpt", temperature=None, max_tokens=7), answering)
+    unset = BaselineModel(model="gpt", temperature=None, max_tokens=7)
+    bare = answers.baseline_requests(QUESTIONS[:1], unset, answering)
     assert bare[0].body.keys() == {"model", "max_tokens", "stop", "messages"}
     assert bare[0].body["max_tokens"] == 7
 
@@ -202,7 +203,7 @@ def test_a_baseline_of_an_api_is_asked_once_for_all_checkpoints(tmp_path: Path) 
 
 @pytest.mark.parametrize(("fault", "why"), [("null", r" \(length\)"), ("content_filter", r" \(it refuses\)")])
 def test_an_empty_answer_of_the_baseline_is_an_error(tmp_path: Path, fault: str, why: str) -> None:
-    asked = answers.baseline_requests(QUESTIONS, BaselineModel("gpt"), AnswerSettings())
+    asked = answers.baseline_requests(QUESTIONS, BaselineModel(model="gpt"), AnswerSettings())
     with Judge() as server:
         server.fault(fault, when=lambda body: "2 and 2" in json.dumps(body))
         with pytest.raises(ConfigError, match=rf"^here\.baseline: gpt gives no answer to question 2{why}; raise its"):

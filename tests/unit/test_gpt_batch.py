@@ -12,9 +12,10 @@ import pytest
 from autoeval_hooks.errors import AutoEvalError, ConfigError
 from eval_runner.evaluators.gpt import batch, retry
 from eval_runner.evaluators.gpt.budget import Budget, BudgetReached, Price, bound
-from eval_runner.evaluators.gpt.client import Asker, Service
+from eval_runner.evaluators.gpt.client import Asker
 from eval_runner.evaluators.gpt.journal import Journal
 from eval_runner.evaluators.gpt.records import Request
+from eval_runner.evaluators.gpt.service import Service
 from eval_runner.evaluators.gpt.wire import Wire
 from tests.judge_stand_in import JudgeStandIn
 

@@ -16,9 +16,10 @@ import pytest
 from autoeval_hooks.errors import AutoEvalError, ConfigError
 from eval_runner.evaluators.gpt import retry
 from eval_runner.evaluators.gpt.budget import Budget, BudgetReached, Price
-from eval_runner.evaluators.gpt.client import Asker, ParameterRefused, Service
+from eval_runner.evaluators.gpt.client import Asker
 from eval_runner.evaluators.gpt.journal import Journal
 from eval_runner.evaluators.gpt.records import Reply, Request
+from eval_runner.evaluators.gpt.service import ParameterRefused, Service
 from tests.judge_stand_in import Fault, JudgeStandIn
 
 KEY = "sk-test-0123456789abcdefghij"

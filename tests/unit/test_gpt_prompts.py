@@ -233,7 +233,7 @@ def test_any_template_is_filled_or_refused(text: str) -> None:
     ],
 )
 def test_scores_of_a_line(reply: str, scores: tuple[float, ...] | None) -> None:
-    assert prompts.parse(reply, PAIR, 2) == scores
+    assert verdict.parse(reply, PAIR, 2) == scores
 
 
 @pytest.mark.parametrize(
@@ -241,7 +241,7 @@ def test_scores_of_a_line(reply: str, scores: tuple[float, ...] | None) -> None:
     [("Good.\n8", (8,)), ("[7.5]", (7.5,)), ("8,5", None), ("8/10", None), ("0", None), ("10.1", None), ("x", None)],
 )
 def test_the_score_of_a_line(reply: str, scores: tuple[float, ...] | None) -> None:
-    assert prompts.parse(reply, ONE, 1) == scores
+    assert verdict.parse(reply, ONE, 1) == scores
 
 
 VERDICT = '{"explanation": "a {b} \\"c\\"", "score_1": 8, "score_2": 9.5}'
@@ -281,18 +281,18 @@ VERDICT = '{"explanation": "a {b} \\"c\\"", "score_1": 8, "score_2": 9.5}'
     ],
 )  # fmt: skip
 def test_scores_of_json(reply: str, scores: tuple[float, ...] | None) -> None:
-    assert prompts.parse(reply, replace(PAIR, output="json"), 2) == scores
+    assert verdict.parse(reply, replace(PAIR, output="json"), 2) == scores
 
 
 def test_the_score_of_json() -> None:
     as_json = replace(ONE, output="json")
-    assert prompts.parse('{"explanation": "x", "score": 3}', as_json, 1) == (3,)
-    assert prompts.parse('{"explanation": "x", "score_1": 3}', as_json, 1) is None
+    assert verdict.parse('{"explanation": "x", "score": 3}', as_json, 1) == (3,)
+    assert verdict.parse('{"explanation": "x", "score_1": 3}', as_json, 1) is None
 
 
 def test_an_endless_reply_says_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert prompts.parse("x" * verdict.MAX_REPLY + "\n8,9", PAIR, 2) is None
-    assert prompts.parse("x" * (verdict.MAX_REPLY - 4) + "\n8,9", PAIR, 2) == (8, 9)
+    assert verdict.parse("x" * verdict.MAX_REPLY + "\n8,9", PAIR, 2) is None
+    assert verdict.parse("x" * (verdict.MAX_REPLY - 4) + "\n8,9", PAIR, 2) == (8, 9)
 
 
 _SCORE = st.one_of(st.integers(-2, 12), st.floats(), st.booleans(), st.none(), st.text(max_size=3))
@@ -307,16 +307,16 @@ _REPLIES = st.one_of(
 @settings(deadline=None)
 @given(_REPLIES, st.sampled_from(["line", "json"]), st.sampled_from([1, 2]))
 def test_no_reply_raises_or_gives_a_score_out_of_range(reply: str, output: Any, answers: int) -> None:
-    found = prompts.parse(reply, replace(PAIR, output=output), answers)
+    found = verdict.parse(reply, replace(PAIR, output=output), answers)
     assert found is None or (len(found) == answers and all(type(x) is float and 1 <= x <= 10 for x in found))
 
 
 @settings(deadline=None)
 @given(st.floats(1, 10).map(lambda x: round(x, 6)), st.floats(1, 10).map(lambda x: round(x, 6)), ANY_TEXT)
 def test_every_clear_verdict_is_read(first: float, second: float, explanation: str) -> None:
-    assert prompts.parse(f"{explanation}\n{first:.6f}, {second:.6f}", PAIR, 2) == (first, second)
+    assert verdict.parse(f"{explanation}\n{first:.6f}, {second:.6f}", PAIR, 2) == (first, second)
     reply = json.dumps({"explanation": explanation, "score_1": first, "score_2": second}, ensure_ascii=False)
-    assert prompts.parse(reply, replace(PAIR, output="json"), 2) == (first, second)
+    assert verdict.parse(reply, replace(PAIR, output="json"), 2) == (first, second)
 
 
 def test_a_repair_goes_on_with_the_conversation() -> None:

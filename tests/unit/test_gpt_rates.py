@@ -15,9 +15,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval_runner.evaluators.gpt.client import Service
 from eval_runner.evaluators.gpt.rates import TRAVEL_S, WINDOW_S, AllRates, Booking, Rates
 from eval_runner.evaluators.gpt.retry import Failure, asked_wait, back_off
+from eval_runner.evaluators.gpt.service import Service
 from eval_runner.evaluators.gpt.worker import Work
 
 MINUTE = WINDOW_S + TRAVEL_S
@@ -140,7 +140,7 @@ def test_the_next_process_counts_what_the_last_one_sent(tmp_path: Path) -> None:
 
 def test_the_askers_of_a_phase_and_of_the_next_share_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("ssl.SSLContext.load_verify_locations", lambda *a, **k: None)   # slow, and no TLS here
-    service = Service("the judge", "http://127.0.0.1:9/v1", "judge", requests_per_minute=2)
+    service = Service(name="the judge", base_url="http://127.0.0.1:9/v1", identity="judge", requests_per_minute=2)
     told: Any = SimpleNamespace(cache=str(tmp_path), evaluation="e")
 
     def phase() -> Work:

@@ -9,8 +9,9 @@ from typing import Any, Literal
 
 from autoeval_hooks.config import canonical
 from autoeval_hooks.errors import AutoEvalError, ConfigError
-from eval_runner.evaluators.gpt.client import Asker, Service
+from eval_runner.evaluators.gpt.client import Asker
 from eval_runner.evaluators.gpt.records import Answer, Question, Reply, Request
+from eval_runner.evaluators.gpt.service import Service
 from eval_runner.evaluators.gpt.settings import AnswerSettings, BaselineModel
 from eval_runner.servers.base import Endpoint
 

@@ -15,10 +15,8 @@ from eval_runner.evaluators.gpt.rates import Booking, Rates
 from eval_runner.evaluators.gpt.records import Reply, Request
 from eval_runner.evaluators.gpt.refusal import final
 from eval_runner.evaluators.gpt.retry import PATIENCE_S, Failure, back_off
-from eval_runner.evaluators.gpt.service import ParameterRefused, Service, Usage
+from eval_runner.evaluators.gpt.service import Service, Usage
 from eval_runner.evaluators.gpt.wire import Wire
-
-__all__ = ["Asker", "ParameterRefused", "Service", "Usage"]
 
 _DATED = re.compile(r"-(?:\d{4}-\d{2}-\d{2}|\d{8}|\d{4})(?:-preview)?\Z")
 """What the reported name of a snapshot has after the asked one; `gpt-4-32k` is no snapshot of `gpt-4`."""

@@ -11,9 +11,6 @@ from eval_runner.evaluators.gpt import template, verdict
 from eval_runner.evaluators.gpt.lines import SHOWN
 from eval_runner.evaluators.gpt.records import Answer, Mode, Prompt, Question, Request, Reviewer
 from eval_runner.evaluators.gpt.settings import JudgeSettings
-from eval_runner.evaluators.gpt.verdict import parse
-
-__all__ = ["GENERAL", "check", "parse", "prompt_for", "render", "repair", "reviewer_for"]
 
 GENERAL = "general"
 """The category that stands in for those without a prompt, or a reviewer, of their own."""

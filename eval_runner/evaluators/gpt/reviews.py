@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from autoeval_hooks.errors import ConfigError
-from eval_runner.evaluators.gpt import prompts
-from eval_runner.evaluators.gpt.client import Asker, ParameterRefused
+from eval_runner.evaluators.gpt import prompts, verdict
+from eval_runner.evaluators.gpt.client import Asker
 from eval_runner.evaluators.gpt.records import Answer, Judged, Prompt, Question, Reply, Request, Review, Reviewer
+from eval_runner.evaluators.gpt.service import ParameterRefused
 from eval_runner.evaluators.gpt.settings import JudgeSettings
 
 FORMAT = "response_format"
@@ -94,7 +95,7 @@ def _read(reply: Reply, shown: Shown) -> Review:
     if reply.refused:
         return Review("refused", (), reply.text, reply.model)
     cut = reply.finish == "length" and shown.prompt.output == "line"    # 10 may stand there as 1
-    scores = None if cut else prompts.parse(reply.text, shown.prompt, shown.answers)
+    scores = None if cut else verdict.parse(reply.text, shown.prompt, shown.answers)
     state: Literal["ok", "unparsable"] = "unparsable" if scores is None else "ok"
     return Review(state, scores or (), reply.text, reply.model)
 

@@ -9,23 +9,18 @@ from autoeval_hooks.errors import ConfigError
 from eval_runner.evaluators.gpt.budget import Price
 
 
-@dataclass(frozen=True)
-class Service:
-    """Where and how to ask.
+@dataclass(frozen=True, kw_only=True)
+class Access:
+    """How a service is asked.
 
-    `name` is for messages (``the judge``), `where` the key path for remedies (``suites.quick.evaluators[0].judge``).
-    `base_url` has no slash at its end; `identity` stands for the service in the keys of the journal. `api_key_env` is
-    the variable that holds the key, None for a service without one; `organization_env` likewise. `timeout` is seconds
-    for one answer, `attempts` how often a request is tried in all. `price` is None where it is not known.
-    `accept_models` are names that the service may report beside the asked one and its dated snapshots; ``*`` is any.
-    `api` is ``megatron`` for Megatron-LM's static server, whose `base_url` is the endpoint's own, without `/v1`; it
-    takes only `/completions`, and counts no tokens. The bodies are the same.
+    `base_url` has no slash at its end. `api_key_env` is the variable that holds the key, None for a service without
+    one; `organization_env` likewise. `timeout` is seconds for one answer, `attempts` how often a request is tried in
+    all. `price` is None where it is not known. `accept_models` are names that the service may report beside the asked
+    one and its dated snapshots; ``*`` is any.
     """
 
-    name: str
-    base_url: str
-    identity: str
-    api_key_env: str | None = None
+    base_url: str = ""
+    api_key_env: str | None = "OPENAI_API_KEY"
     organization_env: str | None = None
     concurrency: int = 8
     requests_per_minute: float | None = None
@@ -34,8 +29,23 @@ class Service:
     attempts: int = 6
     price: Price | None = None
     accept_models: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Service(Access):
+    """A service to ask.
+
+    `name` is for messages (``the judge``), `where` the key path for remedies (``suites.quick.evaluators[0].judge``).
+    `identity` stands for the service in the keys of the journal.
+    `api` is ``megatron`` for Megatron-LM's static server, whose `base_url` is the endpoint's own, without `/v1`; it
+    takes only `/completions`, and counts no tokens. The bodies are the same.
+    """
+
+    name: str
+    identity: str
     where: str = ""
     api: Literal["openai", "megatron"] = "openai"
+    api_key_env: str | None = None
 
 
 @dataclass

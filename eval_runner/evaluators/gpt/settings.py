@@ -15,10 +15,9 @@ from typing import Any, Literal
 from autoeval_hooks.errors import ConfigError
 from autoeval_hooks.strict import build, near
 from eval_runner.evaluators.base import Context
-from eval_runner.evaluators.gpt.budget import Price
 from eval_runner.evaluators.gpt.records import Mode
-from eval_runner.evaluators.gpt.service import Service
-from eval_runner.evaluators.written import clean, located, prefixed
+from eval_runner.evaluators.gpt.service import Access, Service
+from eval_runner.evaluators.written import clean, located, prefixed, refused
 
 SETS = ("general-en", "general-ja", "general-ko")
 """The built-in question sets."""
@@ -66,48 +65,28 @@ class AnswerSettings:
     timeout: float = 600.0
 
 
-@dataclass(frozen=True)
-class JudgeSettings:
+@dataclass(frozen=True, kw_only=True)
+class JudgeSettings(Access):
     """The service that judges. `model`, `temperature` and `max_tokens` replace what the reviewer file says; None
     leaves it. `omit` names parameters that are not sent at all: a written ``temperature: null`` stands there, too.
-    `base_url` is never empty after `parse`, and has no slash at its end. `timeout` is in seconds, for one request."""
+    `base_url` is never empty after `parse`."""
 
     model: str | None = None
-    base_url: str = ""
-    api_key_env: str | None = "OPENAI_API_KEY"
-    organization_env: str | None = None
     temperature: float | None = None
     max_tokens: int | None = None
     omit: tuple[Literal["temperature", "max_tokens"], ...] = ()
-    concurrency: int = 8
-    requests_per_minute: float | None = None
-    tokens_per_minute: float | None = None
-    timeout: float = 120.0
-    attempts: int = 6
-    price: Price | None = None
     structured: Literal["auto", "true", "false"] = "auto"
     batch: bool = False
-    accept_models: tuple[str, ...] = ()
 
 
-@dataclass(frozen=True)
-class BaselineModel:
+@dataclass(frozen=True, kw_only=True)
+class BaselineModel(Access):
     """An API model that answers the questions once. `max_tokens` None is that of `answers`, as is what is not named
     here (`system`, `stop`); `temperature` None is not sent. `base_url` as in `JudgeSettings`."""
 
     model: str
-    base_url: str = ""
-    api_key_env: str | None = "OPENAI_API_KEY"
-    organization_env: str | None = None
     temperature: float | None = 0.0
     max_tokens: int | None = None
-    concurrency: int = 8
-    requests_per_minute: float | None = None
-    tokens_per_minute: float | None = None
-    timeout: float = 120.0
-    attempts: int = 6
-    price: Price | None = None
-    accept_models: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -152,7 +131,7 @@ def parse(data: dict[str, Any], context: Context) -> Settings:
         _check_choices(settings, where, errors)
         settings = _completed(settings, where, errors)
     if errors or settings is None:
-        raise ConfigError("; ".join(prefixed(context, e) for e in errors))
+        raise refused(context, errors)
     return settings
 
 
@@ -175,7 +154,7 @@ def locate(settings: Settings, context: Context) -> Located:
 
 def service(part: JudgeSettings | BaselineModel, name: str, where: str) -> Service:
     """How a service is asked; `name` is for messages, `where` the key path of its settings."""
-    same = {f.name: getattr(part, f.name) for f in dataclasses.fields(Service) if hasattr(part, f.name)}
+    same = {f.name: getattr(part, f.name) for f in dataclasses.fields(Access)}
     return Service(name=name, identity=part.base_url, where=where, **same)
 
 

@@ -26,10 +26,11 @@ from autoeval_hooks.strict import near
 from eval_runner.evaluators.base import Context, Outcome
 from eval_runner.evaluators.gpt import anchors, answers, details, files, prompts, reviews, scoring, settings, spec
 from eval_runner.evaluators.gpt.budget import Budget
-from eval_runner.evaluators.gpt.client import Asker, Service, Usage
+from eval_runner.evaluators.gpt.client import Asker
 from eval_runner.evaluators.gpt.journal import SUFFIX, Journal
 from eval_runner.evaluators.gpt.rates import AllRates
 from eval_runner.evaluators.gpt.records import Answer, Judged, Request, Reviewer
+from eval_runner.evaluators.gpt.service import Service, Usage
 from eval_runner.evaluators.gpt.spec import Spec
 from eval_runner.evaluators.written import clean
 from eval_runner.results.schema import Evaluation

@@ -14,7 +14,7 @@ from eval_runner.evaluators.base import Context
 from eval_runner.evaluators.helm.deployment import INSIDE
 from eval_runner.evaluators.helm.place import environment, share_data
 from eval_runner.evaluators.helm.settings import Entry, EntrySettings, Settings, entry_settings, make_entries
-from eval_runner.evaluators.written import digest, located, prefixed
+from eval_runner.evaluators.written import digest, located, prefixed, refused
 
 PLUGIN = "autoeval_helm"
 PROBE_TIMEOUT_S = 300.0
@@ -86,7 +86,7 @@ def make(settings: Settings, context: Context, python: Path, data_dir: Path) -> 
     errors += [f"{context.where}.metrics.{key}: no such benchmark{near(key, known)}" for key in settings.metrics
                if key not in known]  # fmt: skip
     if errors:
-        raise ConfigError("; ".join(prefixed(context, e) for e in errors))
+        raise refused(context, errors)
     files = dict.fromkeys(path for entry in entries for path in entry.files)
     return Plan(tuple(planned), answer["versions"], plugins, tuple(files), sources)
 

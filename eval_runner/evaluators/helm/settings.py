@@ -10,7 +10,7 @@ from typing import Any, Literal
 from autoeval_hooks.errors import ConfigError
 from autoeval_hooks.strict import build
 from eval_runner.evaluators.base import Context
-from eval_runner.evaluators.written import clean, located, prefixed
+from eval_runner.evaluators.written import clean, located, prefixed, refused
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ def parse(data: dict[str, Any], context: Context) -> Settings:
         if bool(settings.entries) == bool(settings.entries_file):
             errors.append(f"{context.where}: give either `entries` or `entries_file`")
     if errors or settings is None:
-        raise ConfigError("; ".join(prefixed(context, e) for e in errors))
+        raise refused(context, errors)
     return settings
 
 
@@ -97,7 +97,7 @@ def make_entries(
                 "write {description: …, name: …} with a name of its own"
             )
     if errors:
-        raise ConfigError("; ".join(prefixed(context, e) for e in errors))
+        raise refused(context, errors)
     return tuple(entries)
 
 
@@ -158,7 +158,7 @@ def entry_settings(raw: object, where: str, context: Context) -> tuple[EntrySett
         raise ConfigError(prefixed(context, f"{where}: has no list `entries`"))
     lines = [build(Line, item, f"{where}: entries[{i}]", errors) for i, item in enumerate(items)]
     if errors:
-        raise ConfigError("; ".join(prefixed(context, e) for e in errors))
+        raise refused(context, errors)
     return tuple(EntrySettings(line.description, line.priority) for line in lines if line)
 
 
