@@ -19,6 +19,7 @@ import yaml
 from autoeval_hooks.yamlfile import expand
 from eval_runner.evaluators.base import Context
 from eval_runner.evaluators.gpt import settings
+from eval_runner.evaluators.gpt.budget import Price
 
 EXAMPLE = Path(__file__).parents[2] / "examples/huggingface"
 CODE = "import os\n\ndef size(path):\n   "
@@ -153,4 +154,4 @@ def test_price_and_budget_are_right_once_their_comments_are_taken_off() -> None:
     assert (entry(text).judge.price, entry(text).budget_usd) == (None, None)
     found = entry(text.replace("# budget_usd:", "budget_usd:").replace("# price:", "price:"))
     assert found.budget_usd == 0.2
-    assert found.judge.price == settings.Price(input=0.15, output=0.6)
+    assert found.judge.price == Price(input=0.15, output=0.6)

@@ -114,6 +114,17 @@ def _limits(tokenizer_name: str, tokenizer: str, model: str, trusted: bool) -> t
         return plain.eos_token or "", plain.bos_token or plain.eos_token or "", adds_start, length
 
 
+def _sizes(length: int, end: str, start: str, adds_start: bool) -> dict[str, Any]:
+    """The arguments of HELM's window for a model that takes `length` tokens. `start` is "" where there is none."""
+    return {
+        "max_sequence_length": length - 1,
+        "max_request_length": length - 1 if adds_start or not start else length,
+        "max_sequence_and_generated_tokens_length": length - 1 if adds_start else length,
+        "end_of_text_token": end,
+        "prefix_token": "" if adds_start else start,
+    }
+
+
 class CheckpointWindow(LocalWindowService):  # type: ignore[misc]  # helm is not here for mypy
     """The model's own window.
 
@@ -126,15 +137,7 @@ class CheckpointWindow(LocalWindowService):  # type: ignore[misc]  # helm is not
         self, service: Any, tokenizer_name: str, tokenizer: str, model: str, trust_remote_code: bool = False
     ):
         end, start, adds_start, length = _limits(tokenizer_name, tokenizer, model, trust_remote_code)
-        super().__init__(
-            service,
-            tokenizer_name,
-            max_sequence_length=length - 1,
-            max_request_length=length - 1 if adds_start or not start else length,
-            max_sequence_and_generated_tokens_length=length - 1 if adds_start else length,
-            end_of_text_token=end,
-            prefix_token="" if adds_start else start,
-        )
+        super().__init__(service, tokenizer_name, **_sizes(length, end, start, adds_start))
 
 
 class LocalTextScenario(Scenario):  # type: ignore[misc]  # helm is not here for mypy

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from autoeval_helm import _loaded  # type: ignore[import-not-found]  # beside this file, in HELM's processes
+from autoeval_helm import _loaded, _sizes  # type: ignore[import-not-found]  # beside this file, in HELM's processes
 from helm.benchmark.window_services.local_window_service import LocalWindowService
 from helm.clients.client import Client, truncate_sequence
 from helm.common.request import (
@@ -281,13 +281,4 @@ class ServedWindow(LocalWindowService):  # type: ignore[misc]  # helm is not her
         self, service: Any, tokenizer_name: str, tokenizer: str, max_length: int, trust_remote_code: bool = False
     ):
         end, start, adds_start = _ends(tokenizer_name, tokenizer, trust_remote_code)
-        length = max_length - 1
-        super().__init__(
-            service,
-            tokenizer_name,
-            max_sequence_length=length - 1,
-            max_request_length=length - 1 if adds_start or not start else length,
-            max_sequence_and_generated_tokens_length=length - 1 if adds_start else length,
-            end_of_text_token=end,
-            prefix_token="" if adds_start else start,
-        )
+        super().__init__(service, tokenizer_name, **_sizes(max_length - 1, end, start, adds_start))
