@@ -9,29 +9,35 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from autoeval_hooks.accelerate import save_and_submit
     from autoeval_hooks.errors import AutoEvalError, CheckpointError, ConfigError, QueueError, TicketError
     from autoeval_hooks.handover import submit
     from autoeval_hooks.huggingface import AutoEvalCallback
+    from autoeval_hooks.loop import AutoEval
 
 __version__ = "0.1.0"
 
 _EXPORTS = {
+    "AutoEval": "loop",
     "AutoEvalCallback": "huggingface",
     "AutoEvalError": "errors",
     "CheckpointError": "errors",
     "ConfigError": "errors",
     "QueueError": "errors",
     "TicketError": "errors",
+    "save_and_submit": "accelerate",
     "submit": "handover",
 }
 
 __all__ = [
+    "AutoEval",
     "AutoEvalCallback",
     "AutoEvalError",
     "CheckpointError",
     "ConfigError",
     "QueueError",
     "TicketError",
+    "save_and_submit",
     "submit",
 ]
 

@@ -130,6 +130,7 @@ class _Read:
     path_map: dict[str, str] = field(default_factory=dict)
 
 
+_OLDER = "is the older watcher's configuration; give the file to `autoeval-runner watch`, which needs no hook"
 CADENCE_KEYS = tuple(f.name for f in fields(Cadence))
 
 
@@ -203,7 +204,8 @@ def _suites(raw: Any, errors: list[str], shown: yamlfile.Shown) -> Iterator[tupl
 
 def check_keys(raw: dict[str, Any]) -> list[str]:
     """What is wrong with the top level: unknown and missing keys, no suite, and secrets anywhere below."""
-    errors = [f"{key}: unknown key{near(str(key), KEYS)}" for key in raw if key not in KEYS]
+    errors = [f"{key}: {_OLDER if key == 'auto_eval' else f'unknown key{near(str(key), KEYS)}'}"
+              for key in raw if key not in KEYS]  # fmt: skip
     if "queue" not in raw:
         errors.append("queue: missing; name the directory that training and runner share")
     if "suites" not in raw or raw["suites"] == {}:
@@ -312,9 +314,22 @@ def canonical(raw: Any) -> str:
     return json.dumps(raw, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
+OUTPUT_KEYS = {"helm": ("output_path", "output_suite")}
+"""By an evaluator's type, keys that only say where something is kept beside the results."""
+
+
 def suite_text(raw_suite: dict[str, Any]) -> str:
-    """The canonical text of what an unexpanded suite evaluates: all of it but its cadence."""
-    return canonical({key: value for key, value in raw_suite.items() if key not in CADENCE_KEYS})
+    """The canonical text of what an unexpanded suite evaluates: all of it but its cadence, and where output is kept."""
+    evaluators = raw_suite.get("evaluators")
+    kept = raw_suite | ({"evaluators": list(map(_evaluated, evaluators))} if isinstance(evaluators, list) else {})
+    return canonical({key: value for key, value in kept.items() if key not in CADENCE_KEYS})
+
+
+def _evaluated(entry: Any) -> Any:
+    """An evaluator's entry without the keys that change nothing of what is evaluated."""
+    if not isinstance(entry, dict) or not isinstance(entry.get("type"), str):
+        return entry
+    return {key: value for key, value in entry.items() if key not in OUTPUT_KEYS.get(entry["type"], ())}
 
 
 def suite_digest(raw_suite: dict[str, Any]) -> str:

@@ -50,6 +50,8 @@ _NO_FILE = (errno.ELOOP, errno.EISDIR, errno.ENXIO)
 """What reading a link, a directory or a socket answers."""
 LISTING_S = 2.0
 """How long a listing of pending/ serves. Evaluations take minutes: every one of them starts from a fresh listing."""
+NOTE_BYTES = 256
+"""Length of what a heartbeat's file holds behind the count."""
 _TOKEN = re.compile(
     r"(?P<sort>\d-\d{1,20})-(?P<ticket>[0-9a-f]{64})~g(?P<generation>\d{1,9})f(?P<failures>\d{1,9})"
     r"(?:~(?P<runner>[A-Za-z0-9._-]{1,100}))?"
@@ -290,8 +292,9 @@ class Queue:
         """Create this runner's heartbeat file; the descriptor is for `beat` and `stop_heart`."""
         return self.ops.create(self._at("hb", self.runner))
 
-    def beat(self, fd: int, count: int) -> None:
-        """Show that this runner lives. Raises OSError when it could not be shown.
+    def beat(self, fd: int, count: int, note: bytes = b"") -> None:
+        """Show that this runner lives, and what it is at (`NOTE_BYTES`, or nothing). Raises OSError when it could not
+        be shown.
 
         A file that was removed as a dead runner's, while this one was paused for long, is made anew.
         """
@@ -301,7 +304,7 @@ class Queue:
                 os.dup2(fresh, fd, inheritable=False)
             finally:
                 self.ops.close(fresh)
-        self.ops.pwrite(fd, b"%020d" % count, 0)
+        self.ops.pwrite(fd, b"%020d" % count + note, 0)
         self.ops.fsync(fd)
 
     def _removed(self, fd: int) -> bool:
@@ -324,6 +327,13 @@ class Queue:
             if error.errno in (errno.ENOENT, *_NO_FILE):
                 return b""
             raise
+
+    def note(self, runner: str) -> bytes:
+        """What a runner says that it is at; nothing when it cannot be known."""
+        try:
+            return self.ops.read(self._at("hb", runner), 20 + NOTE_BYTES)[20:]
+        except OSError:
+            return b""
 
     # ------------------------------------------------------------------ looking
 

@@ -33,6 +33,7 @@ from eval_runner import breaker, environments, registry, status
 from eval_runner.checkpoints import convert
 from eval_runner.config.models import Config
 from eval_runner.sinks import wandb_doctor
+from eval_runner.sinks.trackers import PROBE_S, TrackerSink
 
 DEADLINE_S = 12.0
 """For all of it. Asking HELM takes some ten seconds."""
@@ -318,15 +319,18 @@ def _checkpoints(config: Config, queue: _Queue) -> list[Finding]:
 def _sinks(config: Config, queue: _Queue) -> list[Finding]:
     findings = []
     try:
-        registry.build_sinks(config)
+        built = registry.build_sinks(config)
     except ConfigError as error:
+        built = []
         findings += [Finding("problem", "sinks", line) for line in str(error).splitlines()]
+    looks = [_part(f"sinks[{i}]", s.findings) for i, s in enumerate(built) if isinstance(s, TrackerSink)]
     runs = [ticket.manifest.run for ticket in queue.tickets.values()]
     for i, entry in enumerate(config.sinks):
         if entry["type"] == "wandb":
             settings = {key: value for key, value in entry.items() if key != "type"}
             findings += wandb_doctor.findings(settings, f"sinks[{i}]", _distinct(runs))
-    return findings
+    end = time.monotonic() + PROBE_S + 1.0
+    return findings + [finding for part in looks for finding in part.wait(end)]
 
 
 def _distinct(runs: list[RunIdentity]) -> Iterator[RunIdentity]:

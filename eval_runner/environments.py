@@ -39,7 +39,7 @@ class Kind:
     below: tuple[int, ...]
 
 
-KINDS = {"helm": Kind("crfm-helm", (0, 5, 16), (0, 6))}
+KINDS = {"helm": Kind("crfm-helm", (0, 5, 16), (0, 6)), "lm_eval": Kind("lm_eval", (0, 4, 13), (0, 5))}
 
 
 @dataclass(frozen=True)
@@ -122,19 +122,19 @@ def find(spec: str | None, name: str, root: Path) -> Path:
         if not (directory / COMPLETE).exists():
             raise ConfigError(f"{directory}: the {name} environment is not built; {_remedy(name)}")
     elif spec.startswith("conda:"):
-        directory = _conda(spec.removeprefix("conda:"))
+        directory = _conda(spec.removeprefix("conda:"), name)
     else:
         directory = Path(spec).expanduser()
         if not directory.is_dir():
-            raise ConfigError(f"env: {spec}: no such directory; {_remedy(name)}, or name a virtual environment")
+            raise ConfigError(f"env: {spec}: no such directory; name a virtual environment, or {_instead(name)}")
     python = directory / "bin" / "python"
-    _check(python, name)
+    _check(python, name, _remedy(name) if spec is None else _instead(name))
     return python
 
 
 def _check_finished(name: str, directory: Path) -> None:
     try:
-        _check(directory / "bin" / "python", name)
+        _check(directory / "bin" / "python", name, _remedy(name))
     except ConfigError as error:
         remedy = f"it was complete once: if no other host uses it, remove {directory} first"
         raise ConfigError(f"{error}; {remedy}") from error
@@ -142,6 +142,12 @@ def _check_finished(name: str, directory: Path) -> None:
 
 def _remedy(name: str) -> str:
     return f"run `autoeval-runner env create {name}`"
+
+
+def _instead(name: str) -> str:
+    """Where the user named an environment: how to have ours."""
+    older = " (in an older file: `helm_env_name`)" if name == "helm" else ""
+    return f"remove the key `env`{older} and {_remedy(name)}, to use autoeval's own"
 
 
 def _lock(name: str) -> str:
@@ -186,7 +192,7 @@ def _build(name: str, directory: Path, progress: Progress) -> None:
     lock.write_text("".join(f"{k}=={v}\n" for k, v in pins.items()), encoding="utf-8")
     if "torch" in pins:
         step([*pip, "-c", str(lock), f"torch=={pins['torch']}"], 0.02, 0.4, "installing torch", 12)
-        if _is_cpu_torch(python, environment):
+        if "torchvision" in pins and _is_cpu_torch(python, environment):
             stub = _stub(directory, "torchvision", pins["torchvision"])
             _note(log, f"torch is a CPU build: an empty stand-in for torchvision is installed from {stub}")
             step([*pip, "--no-deps", "--no-index", str(stub)], 0.42, 0.01, "installing a stand-in for torchvision", 1)
@@ -196,7 +202,7 @@ def _build(name: str, directory: Path, progress: Progress) -> None:
     # The lock is closed under dependencies, so pip has nothing to resolve, and `pip check` proves it.
     step([*pip, "--no-deps", "-r", str(lock)], 0.43, 0.55, "installing the locked requirements", len(pins))
     step([python, "-m", "pip", "--disable-pip-version-check", "check"], 0.98, 0.01, "checking the requirements", 1)
-    _check(Path(python), name)
+    _check(Path(python), name, _remedy(name))
     (directory / COMPLETE).write_text(_lock(name), encoding="utf-8")
     progress(1.0, "complete")
 
@@ -235,12 +241,12 @@ def _stub(directory: Path, name: str, version: str) -> Path:
     return wheel
 
 
-def _check(python: Path, name: str) -> None:
-    """Raise ConfigError unless `python` starts and has the distribution in a version that fits."""
+def _check(python: Path, name: str, remedy: str) -> None:
+    """Raise ConfigError, with the remedy, unless `python` starts and has the distribution in a version that fits."""
     kind = KINDS[name]
     code = f"import importlib.metadata as m, json; print(json.dumps(m.version({kind.distribution!r})))"
     environment = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "PYTHONHOME")}
-    again = f"; {_remedy(name)}"
+    again = f"; {remedy}"
     try:
         out = subprocess.run(
             [str(python), "-c", code], capture_output=True, text=True, env=environment, timeout=60, check=False
@@ -260,8 +266,9 @@ def _last_line(text: str) -> str:
     return (text.strip().splitlines() or ["no message"])[-1]
 
 
-def _conda(name: str) -> Path:
-    """The directory of a conda environment: of the active installation, of `conda` on PATH, or of a usual place."""
+def _conda(name: str, kind: str) -> Path:
+    """The directory of a conda environment: of the active installation, of `conda` on PATH, or of a usual place. `kind`
+    is what it is for."""
     bases = [Path(os.environ[key]) for key in ("CONDA_PREFIX", "MAMBA_ROOT_PREFIX") if os.environ.get(key)]
     for executable in (os.environ.get("CONDA_EXE"), shutil.which("conda")):
         if executable:
@@ -278,5 +285,5 @@ def _conda(name: str) -> Path:
                 return candidate
     raise ConfigError(
         f"env: conda:{name}: no conda environment of that name under {', '.join(map(str, dict.fromkeys(bases)))}; "
-        "give the path of the environment instead"
+        f"give the path of the environment instead, or {_instead(kind)}"
     )

@@ -19,15 +19,18 @@ from autoeval_hooks.errors import AutoEvalError, ConfigError, TicketError
 from autoeval_hooks.queue import Queue, Token
 from autoeval_hooks.strict import near
 from autoeval_hooks.ticket import Ticket
-from eval_runner import breaker, missing, status
+from eval_runner import breaker, missing, registry, status
 from eval_runner.config.models import Config
 from eval_runner.results import store
 from eval_runner.results.schema import Result
 from eval_runner.sinks import wandb_cases
-from eval_runner.sinks.base import point
+from eval_runner.sinks.base import named, point
+from eval_runner.sinks.trackers import TrackerSink
+from eval_runner.sinks.wandb import WandbSink
 
 WATCH_S = 2.5 * 2.0
 """How long a training process is watched that may log a waiting point: it shows itself every two seconds."""
+NO_WANDB = "evaluated; no W&B run shows it, since training has none"
 SKEW_S = 1.0
 """By so much two clocks may contradict each other before it is worth saying."""
 
@@ -256,19 +259,36 @@ def _waits(found: _Found, token: Token, ticket: Ticket) -> str:
 
 
 def _shown(found: _Found, token: Token, result: Result) -> tuple[str, list[Event]]:
-    """Where a result's score stands with each sink, and in its W&B run."""
-    events = []
-    for i, entry in enumerate(found.config.sinks):
-        name = f"{i}-{entry['type']}"
+    """Where a result's score stands with each sink."""
+    if not found.config.sinks:
+        return "evaluated; no sink is configured, `autoeval-runner report` shows it", []
+    try:
+        sinks = named((entry["type"] for entry in found.config.sinks), registry.build_sinks(found.config))
+    except ConfigError as error:
+        return f"evaluated; what the sinks have cannot be told from here: {error}", []
+    events, head, others = [], "evaluated", []
+    for name, sink in sinks.items():
         mark = found.config.queue / "published" / name / token.result_name
+        says = ""
         try:
             events.append(Event(f"given to sink {name}", mark.stat().st_mtime, "the file server"))
+            says = sink.stands(f"{token.ticket}~g{token.generation}") if isinstance(sink, TrackerSink) else ""
         except OSError:
             events.append(Event(f"not given to sink {name} yet: the runner does so, if it lives"))
-    if not found.config.sinks:
-        return "evaluated; no sink is configured, `autoeval-runner report` shows it", events
+            says = f"it is not given to sink {name} yet"
+        if isinstance(sink, WandbSink):
+            head = _in_wandb(found, result)
+        elif says:
+            others.append(says)
+    if head == NO_WANDB and not others:
+        others = ["`autoeval-runner report` shows it"]
+    return "; ".join([head, *others]), events
+
+
+def _in_wandb(found: _Found, result: Result) -> str:
+    """Where the point stands that the W&B sink made of a result."""
     if not result.run.wandb_id:
-        return "evaluated; training has no W&B run, `autoeval-runner report` shows it", events
+        return NO_WANDB
     where, why = _point(found, result)
     return {
         "logged": f"shown: {_title(result)} in W&B run {result.run.wandb_id}",
@@ -276,7 +296,7 @@ def _shown(found: _Found, token: Token, result: Result) -> tuple[str, list[Event
         "refused": f"evaluated, but its point was refused: {why}",
         "taken": f"evaluated; its point is being logged, or was when who did so died: {why}",
         "points": f"evaluated; its point waits: {why}",
-    }[where], events
+    }[where]
 
 
 def _title(result: Result) -> str:

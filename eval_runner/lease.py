@@ -33,11 +33,13 @@ def limits(lease: float, timeout: float | None) -> Limits:
 
 class Lease:
     """Beats in a thread while the context is open. Others reap our claims once our beat stands still for
-    `seconds` of theirs; we let go after half of that on our own clock, so that no two evaluate one ticket."""
+    `seconds` of theirs; we let go after half of that on our own clock, so that no two evaluate one ticket. `note` says
+    what we are at, and must answer at once."""
 
-    def __init__(self, queue: Queue, seconds: float) -> None:
+    def __init__(self, queue: Queue, seconds: float, note: Callable[[], bytes] = lambda: b"") -> None:
         self._queue = queue
         self._seconds = seconds
+        self._note = note
         self._shown_at = boottime()
         self._gap_at = float("-inf")
         self._over = threading.Event()
@@ -92,7 +94,7 @@ class Lease:
             count += 1
             started = boottime()      # a write that hangs counts from when it was begun
             try:
-                self._queue.beat(self._fd, count)
+                self._queue.beat(self._fd, count, self._note())
             except OSError as error:
                 log.warning("heartbeat failed: %s", error)
             else:

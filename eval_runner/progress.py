@@ -15,8 +15,9 @@ from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
 
 from autoeval_hooks.ticket import Ticket
-from eval_runner import secrets
+from eval_runner import running, secrets
 from eval_runner.results.schema import Result
+from eval_runner.running import SHORT, Note
 
 log = logging.getLogger("autoeval")
 
@@ -41,6 +42,8 @@ class Progress:
             TimeElapsedColumn(), console=console, transient=True, disable=not self._live,
         )  # fmt: skip
         self._task = self._bar.add_task("waiting for tickets", total=None, what="")
+        self.now = running.dump(None)
+        """The evaluator at work, and how far it is, for the runner's heartbeat."""
 
     def __enter__(self) -> Progress:
         self._before = (log.level, log.propagate)
@@ -57,6 +60,7 @@ class Progress:
         log.propagate = self._before[1]
 
     def idle(self, done: int, failed: int) -> None:
+        self.now = running.dump(None)
         self._bar.update(
             self._task, description="waiting for tickets", total=None, what=f"{done} evaluated, {failed} failed"
         )
@@ -70,13 +74,16 @@ class Progress:
         title = f"{escape(ticket.suite)} · step {ticket.manifest.step} · {evaluator}"
         self._bar.reset(self._task, description=title, total=1.0, what="")
         log.info("step %d, suite %s: %s starts", ticket.manifest.step, ticket.suite, evaluator)
+        self.now = running.dump(Note(ticket.id[:SHORT], evaluator, 0.0, ""))
 
         def show(fraction: float, what: str) -> None:
             self._bar.update(self._task, completed=fraction, what=escape(what))
+            self.now = running.dump(Note(ticket.id[:SHORT], evaluator, fraction, what))
 
         return show
 
     def finished(self, result: Result) -> None:
+        self.now = running.dump(None)
         scores = ", ".join(f"{s.benchmark} {s.metric} {s.value:.4g}" for s in result.scores[:4])
         more = f" and {len(result.scores) - 4} more" if len(result.scores) > 4 else ""
         log.info(
@@ -86,6 +93,7 @@ class Progress:
 
     def failed(self, result: Result, became: str) -> None:
         assert result.failure is not None
+        self.now = running.dump(None)
         log.error(
             "step %d, suite %s: %s; the ticket is %s", result.step, result.suite, result.failure.message, became,
             extra={"data": {"ticket": result.ticket, "step": result.step, "kind": result.failure.kind}},

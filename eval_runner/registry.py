@@ -87,6 +87,8 @@ def build_sinks(
     """
     name = runner or fsio.unique()
 
+    written = {f"sinks[{i}]": text for i, text in enumerate(config.sinks_text)}
+
     def context(where: str) -> sinks.Context:
         return sinks.Context(
             queue=config.queue,
@@ -94,6 +96,7 @@ def build_sinks(
             where=where,
             config_file=str(config.path),
             path_map=config.path_map,
+            written=written.get(where, ""),
             stopping=stopping,
         )
 

@@ -101,7 +101,8 @@ class Runner:
         """
         with contextlib.suppress(OSError):
             scratch.sweep()
-        with Lease(self.queue, self.config.runner.lease) as lease, Publisher(self.queue, self.sinks) as publisher:
+        lease = Lease(self.queue, self.config.runner.lease, lambda: self.progress.now)
+        with lease, Publisher(self.queue, self.sinks) as publisher:
             pause = IDLE_S[0]
             while not self.stopped.is_set():
                 try:

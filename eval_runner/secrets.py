@@ -4,14 +4,18 @@ A secret is the value of an environment variable that is named for one (``…_KE
 configuration names by a key such as ``api_key_env``, or that fills a ``${VAR}`` in the entry of an evaluator, a
 server or a sink and is no path. What looks like a well-known kind of key, or stands as a password in an URL, is masked
 too. This is the last line: nothing writes a secret on purpose, but programs that we run print what they like.
+
+A secret that stands in a file is held here under a variable's name, not in our environment: only the children that it
+is for are given it (`environment`).
 """
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
+from urllib.parse import unquote
 
 from autoeval_hooks.config import SECRET_VALUE
 from autoeval_hooks.yamlfile import VARIABLE
@@ -24,8 +28,12 @@ CUT = 40
 _NAMED = re.compile(r"(?:.*_)?(?:API_?KEY|KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIALS?)\Z", re.IGNORECASE)
 _IN_URL = re.compile(r"://[^/\s:@]+:([^/\s@]+)@")
 """A password, such as that of a proxy."""
+_USER = re.compile(r"://([^/\s@]+)@")
 _filled: set[str] = set()
 _named: set[str] = set()
+_held: dict[str, str] = {}
+_withheld: dict[str, str] = {}
+_hidden: set[str] = set()
 
 
 def learn(raw: dict[str, Any]) -> None:
@@ -36,6 +44,37 @@ def learn(raw: dict[str, Any]) -> None:
         _filled.update(m["name"] for m in VARIABLE.finditer(text) if m["name"])
         if key.endswith("_env"):
             _named.add(text)
+
+
+def hold(values: Mapping[str, str], withheld: Mapping[str, str], hidden: Iterable[str]) -> None:
+    """Take the values of variables that stand in a configuration, in place of an earlier one's; `withheld` says of
+    variables why their values are not used. What is in `hidden` is masked, and stays so."""
+    _hidden.update(hidden)
+    for known, new in ((_held, values), (_withheld, withheld)):
+        known.clear()
+        known.update(new)
+
+
+def hide(url: str) -> None:
+    """Mask from now on what stands before the @ of this URL, wherever it comes from."""
+    if found := _USER.search(url):
+        _hidden.update(text for part in (found[1], found[1].partition(":")[2]) for text in (part, unquote(part)))
+
+
+def value(name: str) -> str:
+    """Of a variable that is held, else of the environment's; empty where there is none."""
+    return _held.get(name) or ("" if name in _withheld else os.environ.get(name, ""))
+
+
+def withheld(name: str) -> str:
+    """Why a variable whose value stands in a file has none; empty where that is not so."""
+    return _withheld.get(name, "")
+
+
+def environment(names: Iterable[str | None]) -> dict[str, str] | None:
+    """The environment of a child that is given these variables; None, as for `process.run`, where none is held."""
+    given = {name: _held[name] for name in names if name in _held}
+    return {**os.environ, **given} if given else None
 
 
 def masked(text: str) -> str:
@@ -70,7 +109,7 @@ class Veil:
 
 def _values() -> list[str]:
     """The secrets, the longest first."""
-    found = set()
+    found = set(_hidden)
     for name, value in os.environ.items():
         path = value.startswith(("/", "~", "."))
         if name in _named or (not path and (name in _filled or _NAMED.match(name))):

@@ -6,7 +6,7 @@ import contextlib
 import os
 import re
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from autoeval_hooks import relay_files as files
@@ -38,8 +38,10 @@ class TicketStatus:
 class Status:
     """`points_waiting` counts, by run, the scores that are not known to be in their W&B run yet, and `points_why` says
     why, once a runner has looked ("" before); `points_refused` counts what is no point and was put aside, beside the
-    reason, in relay/RUN/refused; `stopped` has the suites that no runner takes tickets of, since they
-    failed on one checkpoint after the other."""
+    reason, in relay/RUN/refused. `results_waiting` and `results_why` say the same of the results that are not known to
+    be in MLflow, trackio or TensorBoard yet, by their target's directory under sinks/. `stopped` has the suites that no
+    runner takes tickets of, since they failed on one checkpoint after the other; `problems` says what could not be
+    looked at."""
 
     queue: str
     counts: dict[str, int]
@@ -47,7 +49,28 @@ class Status:
     points_waiting: dict[str, int]
     points_why: dict[str, str]
     points_refused: dict[str, int]
+    results_waiting: dict[str, int]
+    results_why: dict[str, str]
     stopped: list[breaker.Open]
+    problems: list[str] = field(default_factory=list)
+
+    @property
+    def points(self) -> Backlog:
+        return Backlog(self.points_waiting, self.points_why, self.points_refused, [])
+
+    @property
+    def results(self) -> Backlog:
+        return Backlog(self.results_waiting, self.results_why, {}, [])
+
+
+@dataclass(frozen=True)
+class Backlog:
+    """What waits for all W&B runs, or for all other trackers: as the fields of `Status`."""
+
+    waiting: dict[str, int]
+    why: dict[str, str]
+    refused: dict[str, int]
+    problems: list[str]
 
 
 def read(root: Path) -> Status:
@@ -56,15 +79,18 @@ def read(root: Path) -> Status:
     tokens = list(queue.tokens())
     records = attempts(root)
     counts = Counter(t.state for t in tokens)
-    waiting = _points_waiting(root)
+    at_wandb, elsewhere = points(root), results(root)
     return Status(
         queue=str(root),
         counts={state: counts.get(state, 0) for state in STATES},
         tickets=[_ticket(queue, t, records.get(t.ticket, [])) for t in tokens],
-        points_waiting=waiting,
-        points_why={run: _points_why(root / "relay" / run) for run in waiting},
-        points_refused=_points_refused(root),
+        points_waiting=at_wandb.waiting,
+        points_why=at_wandb.why,
+        points_refused=at_wandb.refused,
+        results_waiting=elsewhere.waiting,
+        results_why=elsewhere.why,
         stopped=breaker.read(root),
+        problems=at_wandb.problems + elsewhere.problems,
     )
 
 
@@ -84,11 +110,12 @@ def _ticket(queue: Queue, token: Token, records: list[str]) -> TicketStatus:
         why = str(error)
     return TicketStatus(
         ticket=token.ticket, state=token.state, run=run, suite=suite, step=step, generation=token.generation,
-        failures=token.failures, runner=token.runner, why=_why(queue, token, records) or why,
+        failures=token.failures, runner=token.runner, why=why_of(queue, token, records) or why,
     )  # fmt: skip
 
 
-def _why(queue: Queue, token: Token, records: list[str]) -> str:
+def why_of(queue: Queue, token: Token, records: list[str]) -> str:
+    """What a ticket's last failure, its quarantine or its cancelling was about; `records` as `attempts` finds them."""
     if token.state in ("quarantine", "cancelled"):
         return queue.reason(token)
     if token.state == "done":
@@ -118,20 +145,45 @@ def attempts(root: Path) -> dict[str, list[str]]:
     return found
 
 
-def _points_waiting(root: Path) -> dict[str, int]:
-    counts = {}
-    for run in sorted((root / "relay").glob("*/points")):
-        if waiting := sum(len(files.waiting(str(run.parent), stage)) for stage in ("points", "taken")):
-            counts[run.parent.name] = waiting
-    return counts
+def points(root: Path) -> Backlog:
+    """The points of all W&B runs. A directory that cannot be listed is named, and hides no other."""
+    return _backlog(root, "relay", ("points", "taken"))
 
 
-def _points_refused(root: Path) -> dict[str, int]:
-    refused = ((path.parent.name, len(list(path.glob("*.reason")))) for path in (root / "relay").glob("*/refused"))
-    return {run: n for run, n in sorted(refused) if n}
+def results(root: Path) -> Backlog:
+    """The results that wait for the other trackers, by their directory under sinks/ (see sinks/spool). A directory
+    that cannot be listed is named, and hides no other."""
+    return _backlog(root, "sinks", ("waiting",))
 
 
-def _points_why(directory: Path) -> str:
+def _backlog(root: Path, under: str, stages: tuple[str, ...]) -> Backlog:
+    found = Backlog({}, {}, {}, [])
+    try:
+        names = files.waiting(str(root), under)
+    except OSError as error:
+        names = []
+        found.problems.append(_unlisted(root / under, error))
+    for directory in (root / under / name for name in names):
+        name = directory.name
+        try:
+            waiting = sum(len(files.waiting(str(directory), stage)) for stage in stages)
+            refused = sum(file.endswith(".reason") for file in files.waiting(str(directory), "refused"))
+        except OSError as error:
+            if not isinstance(error, NotADirectoryError) or directory.is_dir():     # else a file of somebody's
+                found.problems.append(_unlisted(directory, error))
+            continue
+        if waiting:
+            found.waiting[name], found.why[name] = waiting, _why(directory)
+        if refused:
+            found.refused[name] = refused
+    return found
+
+
+def _unlisted(directory: Path, error: OSError) -> str:
+    return f"{error.filename or directory}: cannot be listed ({error.strerror}); what waits there is not counted here"
+
+
+def _why(directory: Path) -> str:
     with contextlib.suppress(OSError):
         return FileOps().read(str(directory / "why"), 10_000).decode(errors="replace")
     return ""

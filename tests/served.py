@@ -54,6 +54,7 @@ def stand_in(answer: Answer = recorded) -> Iterator[Asked]:
             status, content = found
             data = (content if isinstance(content, str) else json.dumps(content)).encode()
             self.send_response(status)
+            self.send_header("Content-Type", "text/plain" if isinstance(content, str) else "application/json")
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data)

@@ -36,6 +36,7 @@ class Run:
     display_name: str = ""
     group: str = ""
     job_type: str = ""
+    tags: list[str] = field(default_factory=list)
     config: dict[str, Any] = field(default_factory=dict)
     summary: dict[str, Any] = field(default_factory=dict)
     rows: dict[int, dict[str, Any]] = field(default_factory=dict)
@@ -146,7 +147,7 @@ def _run_fields(run: Run) -> dict[str, Any]:
         "id": f"storage-{run.number}", "projectId": "1", "name": run.name, "displayName": run.display_name,
         "sweepName": None, "state": run.state, "config": json.dumps(run.config), "group": run.group,
         "jobType": run.job_type, "commit": None, "readOnly": False, "createdAt": "2026-01-01T00:00:00Z",
-        "heartbeatAt": "2026-01-01T00:00:00Z", "description": "", "notes": "", "tags": [],
+        "heartbeatAt": "2026-01-01T00:00:00Z", "description": "", "notes": "", "tags": run.tags,
         "systemMetrics": "{}", "summaryMetrics": json.dumps(run.summary), "user": {"name": "T", "username": ENTITY},
         "historyLineCount": len(run.rows), "logLineCount": 0, "eventsLineCount": run.events,
         "historyTail": json.dumps([json.dumps(row) for row in run.history()[-1:]]), "eventsTail": "[]",
@@ -171,6 +172,7 @@ def _upsert(b: Backend, v: dict[str, Any]) -> dict[str, Any]:
         run.set_state(v.get("state") or "running")
     run.display_name = v.get("displayName") or run.display_name
     run.group, run.job_type = v.get("groupName") or run.group, v.get("jobType") or run.job_type
+    run.tags = v.get("tags") or run.tags
     if v.get("config"):
         run.config = json.loads(v["config"])
     if v.get("summaryMetrics"):
@@ -199,6 +201,23 @@ def _create_files(b: Backend, v: dict[str, Any]) -> dict[str, Any]:
 def _read_run(b: Backend, v: dict[str, Any]) -> dict[str, Any]:
     run = b.find(v)
     return {"project": {"run": _run_fields(run) if run else None}}
+
+
+def _runs(b: Backend, v: dict[str, Any]) -> dict[str, Any]:
+    """The project's runs, the oldest first, all on one page. The only filter that is known is a tag."""
+    wanted = json.loads(v.get("filters") or "{}")
+    if unknown := wanted.keys() - {"tags"}:
+        raise KeyError(f"this stand-in does not know the filter {unknown}")
+    entity, project = v.get("entity") or ENTITY, v["project"]
+    mine = [run for run in b.runs.values() if (run.entity, run.project) == (entity, project)]
+    if not mine:
+        return {"project": None}
+    found = [run for run in mine if not wanted or wanted["tags"] in run.tags]
+    edges = [{"node": _run_fields(run), "cursor": str(run.number)} for run in found]
+    page = {"endCursor": None, "hasNextPage": False}
+    return {"project": {
+        "internalId": "1", "runCount": len(found), "readOnly": False, "runs": {"edges": edges, "pageInfo": page},
+    }}  # fmt: skip
 
 
 def _history_page(b: Backend, v: dict[str, Any]) -> dict[str, Any]:
@@ -241,6 +260,7 @@ _OPERATIONS: dict[str, Any] = {
     "CreateRunFiles": _create_files,
     "Run": _read_run,
     "RunState": _read_run,
+    "Runs": _runs,
     "RunHistoryKeys": _read_run,
     "RunParquetHistory": _parquet,
     "HistoryPage": _history_page,

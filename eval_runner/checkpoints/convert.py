@@ -5,19 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from string import Formatter
 
-from autoeval_hooks import layouts, strict
+from autoeval_hooks import layouts
 from autoeval_hooks import manifest as manifests
 from autoeval_hooks.errors import AutoEvalError, ConfigError
 from autoeval_hooks.manifest import FileRecord, Manifest
-from eval_runner import process
+from eval_runner import commands, process
 from eval_runner.checkpoints import kept, trust
 from eval_runner.checkpoints.base import Request, Servable, Verified
 from eval_runner.checkpoints.locks import Lock
@@ -25,7 +23,6 @@ from eval_runner.config.models import Config, ConvertSection
 
 PLACEHOLDERS = ("checkpoint", "output", "tokenizer", "step")
 _NEEDED = {"checkpoint": "what to convert", "output": "where to leave it"}
-_BRACES = "write {{ and }} for braces of the program's own"
 
 
 def check(config: Config) -> None:
@@ -34,19 +31,12 @@ def check(config: Config) -> None:
     section = config.convert
     if section is None:
         return
-    errors, named = [], set[str]()
-    for i, argument in enumerate(section.command):
-        try:
-            found = _names(argument)
-        except ValueError as error:
-            errors.append(f"convert.command[{i}]: {error}; {_BRACES}")
-            continue
-        named |= set(found)
-        errors += [
-            f"convert.command[{i}]: {{{name:.60}}} stands for nothing{strict.near(name, PLACEHOLDERS)}; {_BRACES}"
-            for name in found if name not in PLACEHOLDERS
-        ]  # fmt: skip
+    errors = [
+        error for i, argument in enumerate(section.command)
+        for error in commands.problems(argument, f"convert.command[{i}]", PLACEHOLDERS)
+    ]  # fmt: skip
     if not errors:
+        named = {name for argument in section.command for name in commands.placeholders(argument)}
         errors += [
             f"convert.command: has no {{{name}}}, so that the program cannot know {what}"
             for name, what in _NEEDED.items() if name not in named
@@ -81,7 +71,7 @@ def converted(
     check(request.config)
     section, source = request.config.convert, request.ticket.manifest
     assert section is not None
-    given = tokenizer() if any("tokenizer" in _names(argument) for argument in section.command) else None
+    given = tokenizer() if any("tokenizer" in commands.placeholders(argument) for argument in section.command) else None
     key, root = _key(source, request.config, section, given), directory_of(section)
     with ExitStack() as stack:
         try:
@@ -115,7 +105,7 @@ def _convert(
     where = f"{request.config.path}: convert.command: {name}"
     values = {"checkpoint": checkpoint, "output": output, "tokenizer": tokenizer, "step": source.step}
     program = _program(request.config, section)
-    argv = [str(program), *(argument.format_map(values) for argument in section.command[1:])]
+    argv = [str(program), *(commands.filled(argument, values) for argument in section.command[1:])]
     request.progress("convert")(0.0, f"{name} converts the checkpoint")
     try:
         status = process.run(
@@ -153,20 +143,8 @@ def _checked(config: Config, source: Manifest, model: Path, files: tuple[FileRec
     return described
 
 
-def _names(argument: str) -> list[str]:
-    """The placeholders in an argument, with what is wrong about one as a part of its name. Raises ValueError for a
-    brace alone."""
-    return [
-        name + (f"!{way}" if way else "") + (f":{spec}" if spec else "")
-        for _, name, spec, way in Formatter().parse(argument) if name is not None
-    ]  # fmt: skip
-
-
 def _program(config: Config, section: ConvertSection) -> str | None:
-    """The path of the program, None if there is none; a relative one with a slash starts at the configuration's
-    directory."""
-    program = os.path.expanduser(section.command[0])
-    return shutil.which(os.path.join(config.path.parent, program) if "/" in program else program)
+    return commands.program(section.command[0], config.path.parent)
 
 
 def _unusable(directory: Path) -> str:

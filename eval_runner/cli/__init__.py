@@ -14,16 +14,21 @@ from autoeval_hooks.errors import AutoEvalError
 from eval_runner import secrets
 from eval_runner.cli.cancel import cancel
 from eval_runner.cli.close import close
+from eval_runner.cli.compare import compare
 from eval_runner.cli.doctor import doctor
 from eval_runner.cli.env import env
 from eval_runner.cli.explain import explain
 from eval_runner.cli.gc import gc
+from eval_runner.cli.import_results import import_results
+from eval_runner.cli.leaderboard import leaderboard
+from eval_runner.cli.record import record
 from eval_runner.cli.report import report
 from eval_runner.cli.retry import retry
 from eval_runner.cli.run import run
 from eval_runner.cli.status import status
 from eval_runner.cli.sync import sync
 from eval_runner.cli.validate import validate
+from eval_runner.cli.watch import watch
 
 USAGE, LATER = 2, 75
 
@@ -34,7 +39,10 @@ def cli() -> None:
     """Evaluate every checkpoint that training hands over, and show its scores in the run that trained it."""
 
 
-for command in (run, status, explain, doctor, sync, retry, cancel, close, report, validate, env, gc):
+for command in (
+    run, watch, status, explain, doctor, sync, retry, cancel, close, record, report, leaderboard, compare,
+    import_results, validate, env, gc,
+):  # fmt: skip
     cli.add_command(command)
 
 

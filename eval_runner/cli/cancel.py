@@ -13,7 +13,7 @@ from eval_runner.cli.options import config_option, existing_queue
 from eval_runner.status import is_run
 
 
-@click.command()
+@click.command(short_help="Cancel waiting and running tickets.")
 @config_option
 @click.argument("tickets", nargs=-1)
 @click.option("--suite", help="Those of this suite.")

@@ -9,7 +9,7 @@ from eval_runner.cli.options import config_option, existing_queue
 from eval_runner.sinks.wandb import close_run
 
 
-@click.command()
+@click.command(short_help="Say that a run will never train on.")
 @config_option
 @click.argument("run")
 def close(config_file: str, run: str) -> None:

@@ -17,7 +17,7 @@ from eval_runner.cli.options import config_option
 PROBLEM = 1
 
 
-@click.command()
+@click.command(short_help="Look at queue, environments and runners; say what to do.")
 @config_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, for scripts.")
 def doctor(config_file: str, as_json: bool) -> None:
@@ -26,7 +26,7 @@ def doctor(config_file: str, as_json: bool) -> None:
     Takes seconds and changes nothing. Of the network it asks only services that the configuration names. Exit: 0 no
     problem (there may be warnings), 1 a problem.
     """
-    findings = doctors.examine(configs.load(config_file))
+    findings = doctors.examine(configs.load(config_file, warn=False))
     findings = [replace(f, means=secrets.masked(f.means), do=secrets.masked(f.do)) for f in findings]
     problems = sum(f.level == "problem" for f in findings)
     if as_json:

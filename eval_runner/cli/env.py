@@ -12,7 +12,7 @@ from eval_runner import environments
 from eval_runner.cli.options import config_option
 
 
-@click.group()
+@click.group(short_help="Build and list the environments that evaluators run in.")
 def env() -> None:
     """Build and list the virtual environments that evaluators run in.
 
@@ -21,7 +21,7 @@ def env() -> None:
     """
 
 
-@env.command()
+@env.command(short_help="Build an environment, and print its directory.")
 @config_option
 @click.argument("name", type=click.Choice(sorted(environments.KINDS)))
 def create(config_file: str, name: str) -> None:

@@ -13,7 +13,7 @@ from eval_runner import explain as explains
 from eval_runner.cli.options import config_option, existing_queue, printable
 
 
-@click.command()
+@click.command(short_help="Tell what became of one step, from save to point.")
 @config_option
 @click.argument("step", type=int)
 @click.option("--run", help="Only this run: its name, its W&B id or our id.")

@@ -13,7 +13,7 @@ from eval_runner import gc as collector
 from eval_runner.cli.options import config_option, existing_queue
 
 
-@click.command()
+@click.command(short_help="Free the pins and records that no ticket needs any more.")
 @config_option
 @click.option("--dry-run", is_flag=True, help="Say what would be freed, and free nothing.")
 @click.option("--failed", is_flag=True, help="Also what failed tickets would need if they were retried.")

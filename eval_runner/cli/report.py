@@ -11,7 +11,7 @@ from eval_runner.cli.options import config_option
 from eval_runner.results.report import generate
 
 
-@click.command()
+@click.command(short_help="Write an HTML report, and all scores as CSV.")
 @config_option
 @click.option(
     "--out", type=click.Path(file_okay=False, path_type=Path), default="report", show_default=True,

@@ -14,7 +14,7 @@ from eval_runner.cli.options import config_option, existing_queue
 from eval_runner.results import store
 
 
-@click.command()
+@click.command(short_help="Queue failed, quarantined or cancelled tickets again.")
 @config_option
 @click.argument("tickets", nargs=-1)
 @click.option("--all", "every", is_flag=True, help="Every failed ticket.")

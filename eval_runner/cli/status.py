@@ -14,18 +14,30 @@ from rich.table import Table
 from eval_runner import breaker
 from eval_runner import config as configs
 from eval_runner import status as statuses
+from eval_runner.cli import live
 from eval_runner.cli.options import config_option, existing_queue, printable
 
-WIDE = 1000
-"""Columns of a table that no terminal shows: a script gets each ticket on one line."""
+WIDE = live.WIDE
+PERIOD_S = 5.0
+"""Between two looks of --watch."""
 
 
 @click.command()
 @config_option
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, for scripts.")
-def status(config_file: str, as_json: bool) -> None:
+@click.option(
+    "--watch", "period", is_flag=False, flag_value=PERIOD_S, type=click.FloatRange(min=0.1), metavar="[SECONDS]",
+    help=f"Show what runs, waits and fails, again every so many seconds ({PERIOD_S:g}), until Ctrl-C.",
+)  # fmt: skip
+def status(config_file: str, as_json: bool, period: float | None) -> None:
     """Show every ticket of the queue and what became of it."""
-    found = statuses.read(existing_queue(configs.load(config_file).queue))
+    if period is not None and as_json:
+        raise click.UsageError("--watch shows a table; take either --json or --watch")
+    root = existing_queue(configs.load(config_file).queue)
+    if period is not None:
+        live.watch(root, period)
+        return
+    found = statuses.read(root)
     if as_json:
         click.echo(json.dumps(asdict(found), indent=2))
         return
@@ -39,9 +51,7 @@ def status(config_file: str, as_json: bool) -> None:
         Console(width=None if sys.stdout.isatty() else WIDE).print(table)
     for stopped in found.stopped:
         click.echo(printable(breaker.said(stopped)))
-    for run, n in found.points_waiting.items():
-        why = found.points_why[run] or "they come when its training logs next, or once it is over"
-        click.echo(printable(f"{n} point(s) wait for W&B run {run}: {why}"))
-    for run, n in found.points_refused.items():
-        where = f"{found.queue}/relay/{run}/refused"
-        click.echo(printable(f"{n} file(s) that are no points were refused: {where} says why"))
+    for line in live.backlog(found.queue, found.points, found.results):
+        click.echo(printable(line))
+    for problem in found.problems:
+        click.echo(printable(problem))

@@ -39,19 +39,19 @@ class Line:
     finding: Standing
 
 
-@click.command()
+@click.command(short_help="Compare results with what each sink holds, and repair.")
 @config_option
 @click.option("--dry-run", is_flag=True, help="Only compare.")
 @click.option("--wait", default=0.0, metavar="SECONDS", help="Go on until all is shown, for so long at most.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object, for scripts.")
 @click.argument("runs", nargs=-1)
 def sync(config_file: str, dry_run: bool, wait: float, as_json: bool, runs: tuple[str, ...]) -> None:
-    """Compare the results of RUNS (all, if none is named) with what their W&B runs hold, and repair.
+    """Compare the results of RUNS (all, if none is named) with what each sink holds of them, and repair.
 
-    What is missing is logged as ever: by the training process while it lives, else from here. Nothing that is there
-    is changed. Exit status: 0 all results are shown, 75 some still wait or could not be read or looked for, 1 some
-    are shown with other values. A run whose training process ended lately must be watched for two minutes first:
-    --wait 180.
+    What is missing is logged as ever: into W&B by the training process while it lives, else from here. Nothing that
+    is there is changed. Exit status: 0 all results are shown, 75 some still wait or could not be read or looked for,
+    1 some are shown with other values. A W&B run whose training process ended lately must be watched for two minutes
+    first: --wait 180.
     """
     config = configs.load(config_file)
     results, problems = store.done(existing_queue(config.queue))

@@ -34,7 +34,7 @@ def validate(config_file: str, only_schema: bool) -> None:
         click.echo(json.dumps(schema(), indent=2))
         return
     try:
-        config = load(config_file)
+        config = load(config_file, warn=False)
     except ConfigError as error:
         click.echo(str(error), err=True)
         sys.exit(2)

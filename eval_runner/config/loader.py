@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from autoeval_hooks import config as shared
 from autoeval_hooks import strict, yamlfile
 from eval_runner import secrets
+from eval_runner.config import in_clear, legacy
 from eval_runner.config.models import Config, ConvertSection, File, RunnerSection, Suite, SuiteEntry
 
 _WORDS = {
@@ -34,11 +35,13 @@ _WORDS = {
 or empty is not here: the checks that both sides share have said it by then."""
 
 
-def load(path: str | os.PathLike[str]) -> Config:
-    """Read and check a configuration file. Raises one ConfigError with all that is wrong, each with its key path."""
+def load(path: str | os.PathLike[str], *, warn: bool = True) -> Config:
+    """Read and check a configuration file, ours or the older watcher's. Raises one ConfigError with all that is wrong,
+    each with its key path. A key in clear that cannot be used is warned of, but where what is evaluated is checked, too
+    (`warn=False`)."""
     name = os.fspath(path)
     text = yamlfile.read_text(path)
-    raw = shared.merged(yamlfile.parse_yaml(text, name), {})
+    raw, clear = _raw(text, name)
     secrets.learn(raw)
     errors = shared.check_keys(raw)
     for suite_name, suite in _mapping(raw.get("suites")).items():
@@ -60,7 +63,7 @@ def load(path: str | os.PathLike[str]) -> Config:
     base = os.path.dirname(os.path.abspath(name))
     path_map = shared.normal_map(file.path_map)
     tokenizer = _mapped(file.run.tokenizer, base, path_map) if file.run.tokenizer else None
-    return Config(
+    config = Config(
         path=Path(os.path.abspath(name)),
         queue=Path(_mapped(file.queue, base, path_map)),
         run=dataclasses.replace(file.run, tokenizer=tokenizer),
@@ -73,13 +76,18 @@ def load(path: str | os.PathLike[str]) -> Config:
         environments=Path(shared.absolute(file.environments, base)) if file.environments else None,
         sinks=[sink.model_dump() for sink in file.sinks],
         raw_text=text,
+        sinks_text=tuple(shared.canonical(sink) for sink in raw.get("sinks", ())),
     )
+    in_clear.take(clear, path)
+    if warn:
+        in_clear.warn_of_all(config)
+    return config
 
 
 def effective(config: Config) -> dict[str, Any]:
     """The configuration with all defaults, for people to read: values that the file gives stand as they stand in
     it, so that no secret is filled in; `queue` is the directory that the runner uses."""
-    raw = shared.merged(yamlfile.parse_yaml(config.raw_text, str(config.path)), {})
+    raw, _ = _raw(config.raw_text, str(config.path))
     file = File.model_validate_json(shared.canonical(yamlfile.expand(raw, str(config.path))))
     out = {key: value for key, value in file.model_dump(mode="json").items() if key != "suites"}
     cadence = dataclasses.asdict(shared.Cadence())
@@ -98,6 +106,15 @@ def schema() -> dict[str, Any]:
         "title": "autoeval.yaml",
         "description": "Which checkpoints are evaluated, when, on what, and where the scores go",
     }
+
+
+def _raw(text: str, name: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """The file's mapping, an older file's as one of ours; and the credentials that stand in clear in such a one."""
+    raw = shared.merged(yamlfile.parse_yaml(text, name), {})
+    if legacy.KEY not in raw:
+        return raw, {}
+    older = legacy.translate(raw, name)
+    return shared.merged(older.raw, {}), older.in_clear
 
 
 def _suite(name: str, entry: SuiteEntry, raw: dict[str, Any]) -> Suite:

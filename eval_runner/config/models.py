@@ -107,3 +107,5 @@ class Config:
     sinks: list[dict[str, Any]]
     raw_text: str
     """The file's text, with the variables as they stand in it."""
+    sinks_text: tuple[str, ...] = ()
+    """The canonical JSON of each of `sinks` that stands in the file, with the variables as they stand in it."""

@@ -89,13 +89,17 @@ class Job:
     limits: Limits = field(default_factory=Limits)
     _started: float = field(default_factory=time.monotonic, init=False)
 
-    def run(self, argv: list[str], *, env: dict[str, str] | None, on_tick: Callable[[], None] | None = None) -> int:
-        """`process.run` in `work_dir`, within the limits; what `limits.timeout` allows is for all runs of the job."""
+    def run(
+        self, argv: list[str], *, env: dict[str, str] | None, cwd: Path | None = None,
+        on_tick: Callable[[], None] | None = None,
+    ) -> int:  # fmt: skip
+        """`process.run` in `cwd`, by default `work_dir`, within the limits; what `limits.timeout` allows is for all
+        runs of the job."""
         timeout = self.limits.timeout
         left = None if timeout is None else max(0.0, timeout - (time.monotonic() - self._started))
         try:
             return process.run(
-                argv, log=self.log, env=env, cwd=self.work_dir, stopping=self.stopping, timeout=left,
+                argv, log=self.log, env=env, cwd=cwd or self.work_dir, stopping=self.stopping, timeout=left,
                 grace=self.limits.grace, silence=self.limits.silence, on_tick=on_tick,
             )  # fmt: skip
         except process.TimedOut as error:

@@ -44,7 +44,7 @@ def latest(
     `rows` are sorted as `series.rows` does. Where a run was evaluated with several definitions of a suite,
     its last one is taken.
     """
-    values = _Reader(instances)
+    values = Reader(instances)
     last_definition: dict[tuple[str, str], Row] = {}
     groups: dict[tuple[str, ...], list[Row]] = {}
     for row in rows:
@@ -60,7 +60,7 @@ def latest(
     return found, values.problems
 
 
-def _latest(group: list[Row], values: _Reader) -> Latest:
+def _latest(group: list[Row], values: Reader) -> Latest:
     *earlier, last = group
     if not earlier:
         return Latest(last, None, None)
@@ -72,7 +72,7 @@ def _latest(group: list[Row], values: _Reader) -> Latest:
     return Latest(last, _compare(earlier[-1], last, values), _compare(best, last, values) if best else None)
 
 
-def _compare(old: Row, new: Row, values: _Reader) -> Comparison:
+def _compare(old: Row, new: Row, values: Reader) -> Comparison:
     if not comparable(old, new):
         return Comparison(old, None, "not tested", f"the judge changed: {change(old, new)}")
     before, after = values.of(old), values.of(new)
@@ -87,7 +87,7 @@ def _compare(old: Row, new: Row, values: _Reader) -> Comparison:
     return Comparison(old, difference, verdict, note)
 
 
-class _Reader:
+class Reader:
     """Reads each result's instances once."""
 
     def __init__(self, instances: Callable[[Result], Iterable[Instance]]) -> None:

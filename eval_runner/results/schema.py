@@ -88,6 +88,8 @@ class Result:
 
     Times are seconds since the epoch by the runner's clock, for people to read; nothing is decided by them.
     `lag_s` is the time from the save to the end of the evaluation, `tokens` a count (not billions).
+    Of what was imported from another program only the time is known when its scores were written: all three times
+    are that one, and the result is not `timed`.
     """
 
     version: int
@@ -115,6 +117,11 @@ class Result:
     def scores(self) -> tuple[Score, ...]:
         """All scores of all evaluators; empty unless the result is ok."""
         return tuple(s for e in self.evaluations for s in e.scores) if self.status == "ok" else ()
+
+    @property
+    def timed(self) -> bool:
+        """Whether `lag_s` and `eval_s` are known."""
+        return not self.saved_at == self.started_at == self.finished_at
 
     @property
     def lag_s(self) -> float:

@@ -33,11 +33,8 @@ class Row:
     score: Score
     superseded: bool
     place: int
-
-    @property
-    def key(self) -> tuple[str, str, str, str]:
-        """What a series has in common beside its run: suite, benchmark, metric, split."""
-        return self.suite, self.score.benchmark, self.score.metric, self.score.split
+    key: tuple[str, str, str, str]
+    """What a series has in common beside its run: suite, benchmark, metric, split."""
 
 
 def rows(results: Iterable[Result]) -> list[Row]:
@@ -56,8 +53,8 @@ def rows(results: Iterable[Result]) -> list[Row]:
         run = runs[r.run.id] + (f"@{r.checkpoint_digest[:8]}" if superseded else "")
         suite = r.suite + (f"@{definition(r)[:8]}" if last_definition[r.suite] != definition(r) else "")
         for s in r.scores:
-            place = places.setdefault((suite, s.benchmark, s.metric, s.split), len(places))
-            out.append(Row(run, suite, r, s, superseded, place))
+            key = suite, s.benchmark, s.metric, s.split
+            out.append(Row(run, suite, r, s, superseded, places.setdefault(key, len(places)), key))
     out.reverse()
     return sorted(out, key=lambda row: (row.run, *row.key[:2], row.place, row.result.step))
 

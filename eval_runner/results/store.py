@@ -3,9 +3,12 @@
     results/ID~gN~RUNNER/result.json           one attempt's record: strict JSON, one `Result`
     results/ID~gN~RUNNER/instances.jsonl.gz    its per-instance values, one `Instance` a line
     results/ID~gN~RUNNER/details.jsonl.gz      what people may want to read of it, one `Detail` a line, if anything
+    imported/ID~g0~import/                     the same of a result that was imported, and source.json
 
-A directory appears whole or not at all, and is never changed. It counts only while a token in `done/` (or,
-for a failure's reason, in `failed/`) names it: what a runner wrote after it lost its lease is garbage.
+A directory appears whole or not at all, and is never changed. One under `results/` counts only while a token in
+`done/` (or, for a failure's reason, in `failed/`) names it: what a runner wrote after it lost its lease is garbage.
+What is imported has no token: it counts while it is there, unless another import replaces it or the queue has a result
+of the same ticket.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -35,6 +38,12 @@ from eval_runner.results.schema import VERSION, Detail, Failure, Instance, Resul
 
 RECORD = "result.json"
 MAX_RECORD_BYTES = 16 << 20
+IMPORTED = "imported"
+"""The queue's directory of what was imported."""
+IMPORTER = "import"
+"""The runner of an imported result. Names that runners give themselves are never this one."""
+REPLACES = "replaces"
+"""Among the versions of an import: the IDs of those whose place it takes. None of them counts, though still there."""
 
 UNCOMMITTED = "it was evaluated, and the file system failed before the result was committed"
 """Why a ticket failed whose last attempt left scores."""
@@ -45,16 +54,17 @@ UNCOMMITTED = "it was evaluated, and the file system failed before the result wa
 
 def write(
     queue_root: Path, name: str, result: Result, instances: Iterable[Instance], *, details: Iterable[Detail] = (),
-    ops: FileOps | None = None, folder: str = "results",
+    ops: FileOps | None = None, folder: str = "results", more: Mapping[str, bytes] | None = None,
 ) -> Path:  # fmt: skip
-    """Publish a result durably as `results/<name>` and return that path; `folder` is another of the queue's.
+    """Publish a result durably as `results/<name>` and return that path; `folder` is another of the queue's, and `more`
+    has further files by name.
 
     Raises CheckpointError for a score that is no number, ConfigError for one that two evaluators give, ValueError
     for a record that contradicts itself, QueueError when `name` is there already, and OSError when the file
     system fails; nothing is published then.
     """
     ops = ops or FileOps()
-    files = {RECORD: _dump(result), INSTANCES: dump_instances(instances)}
+    files = {RECORD: _dump(result), INSTANCES: dump_instances(instances), **(more or {})}
     if explained := list(details):
         files[DETAILS] = dump_details(explained)
     tmp = str(queue_root / "tmp" / f"result-{name}~{fsio.unique()}")
@@ -120,13 +130,13 @@ def _check_scores(result: Result) -> None:
 # ---------------------------------------------------------------------- reading
 
 
-def read(path: Path, ops: FileOps | None = None) -> Result:
+def read(path: Path, ops: FileOps | None = None, *, remedy: str = "`retry` its ticket to evaluate again") -> Result:
     """The record of the result directory `path`. Raises ResultError that names the file."""
     file = path / RECORD
     try:
         text = (ops or FileOps()).read(str(file), MAX_RECORD_BYTES)
     except OSError as error:
-        raise ResultError(f"{file}: cannot be read ({error.strerror}); `retry` its ticket to evaluate again") from error
+        raise ResultError(f"{file}: cannot be read ({error.strerror}); {remedy}") from error
     return _load(text, str(file))
 
 
@@ -164,7 +174,8 @@ def _problem(result: Result) -> str:
 
 def path_of(queue_root: Path, result: Result) -> Path:
     """The directory that holds `result`."""
-    return queue_root / "results" / f"{result.ticket}~g{result.generation}~{result.runner}"
+    folder = IMPORTED if result.runner == IMPORTER else "results"
+    return queue_root / folder / f"{result.ticket}~g{result.generation}~{result.runner}"
 
 
 # ---------------------------------------------------------------------- what counts
@@ -189,7 +200,8 @@ class FailedTicket:
 
 @dataclass(frozen=True)
 class Contents:
-    """All that counts in a queue. `problems` says, a line each, which finished tickets have no readable result."""
+    """All that counts in a queue. `problems` says, a line each, which finished tickets and imports have no readable
+    result."""
 
     results: tuple[Result, ...] = ()
     failed: tuple[FailedTicket, ...] = ()
@@ -197,10 +209,16 @@ class Contents:
 
 
 def collect(queue_root: Path) -> Contents:
-    """Read every finished ticket's result: those that `done/` names, and the failures. Raises QueueError."""
+    """Read every finished ticket's result: those that `done/` names, what was imported, and the failures.
+
+    Raises QueueError where there is no queue.
+    """
     results, problems = done(queue_root)
     unfinished = [_failed(queue_root, token) for token in _tokens(queue_root, "failed", "quarantine")]
-    return Contents(tuple(results), tuple(f for f in unfinished if f is not None), tuple(problems))
+    evaluated = {result.ticket for result in results}
+    brought, torn = imported(queue_root)
+    results += [result for result in brought if result.ticket not in evaluated]
+    return Contents(tuple(results), tuple(f for f in unfinished if f is not None), tuple(problems + torn))
 
 
 def done(queue_root: Path) -> tuple[list[Result], list[str]]:
@@ -215,6 +233,39 @@ def done(queue_root: Path) -> tuple[list[Result], list[str]]:
         except ResultError as error:
             problems.append(f"ticket {token.ticket[:12]} is done, but {error}")
     return results, problems
+
+
+_IMPORT = re.compile(rf"([0-9a-f]{{64}})~g0~{IMPORTER}")
+_ID = re.compile(r"\b[0-9a-f]{64}\b")
+
+
+def imported(queue_root: Path) -> tuple[list[Result], list[str]]:
+    """The imports that count, sorted by ID, and a line for each that is unreadable."""
+    results: list[Result] = []
+    problems: dict[str, str] = {}
+    for ticket in import_ids(queue_root):
+        path, remedy = queue_root / IMPORTED / f"{ticket}~g0~{IMPORTER}", "import it again"
+        try:
+            result = read(path, remedy=remedy)
+            if path_of(queue_root, result) != path:
+                raise ResultError(f"{path / RECORD}: is the record of another; {remedy}")
+            results.append(result)
+        except ResultError as error:
+            problems[ticket] = f"import {ticket[:12]} does not count: {error}"
+    gone = {ticket for result in results for ticket in replaced_by(result)}
+    return [r for r in results if r.ticket not in gone], [why for t, why in problems.items() if t not in gone]
+
+
+def replaced_by(result: Result) -> frozenset[str]:
+    """The IDs of the imports whose place an import takes."""
+    return frozenset(ticket for e in result.evaluations for ticket in _ID.findall(e.versions.get(REPLACES, "")))
+
+
+def import_ids(queue_root: Path) -> list[str]:
+    """The IDs of what was imported, readable or not, sorted."""
+    with contextlib.suppress(FileNotFoundError):
+        return sorted(m[1] for name in os.listdir(queue_root / IMPORTED) if (m := _IMPORT.fullmatch(name)))
+    return []
 
 
 def unreadable(queue_root: Path, token: Token) -> str:

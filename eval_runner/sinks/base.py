@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, Protocol
@@ -58,6 +58,8 @@ class Context:
     """Paths of the training host → ours."""
     ops: FileOps = field(default_factory=FileOps)
     """Every call into the file system by which a result is taken."""
+    written: str = ""
+    """The sink's entry as it stands in the file, without its variables' values, as canonical JSON."""
     stopping: Callable[[], bool] = lambda: False
     """True once the runner must end: `flush` then returns soon."""
 
@@ -81,10 +83,19 @@ class Standing:
     says: str = ""
 
 
+def named(types: Iterable[str], sinks: Iterable[Sink]) -> dict[str, Sink]:
+    """The sinks of a configuration by the names under which it is remembered what each was given."""
+    pairs = enumerate(zip(types, sinks, strict=True))
+    return {getattr(sink, "target", "") or f"{i}-{kind}": sink for i, (kind, sink) in pairs}
+
+
 class Sink(Protocol):
     """Built once: `__init__(self, settings: dict, context: Context)` raises ConfigError that names the key.
 
-    A sink may be called again with what it already shows: the outcome is the same."""
+    A sink may be called again with what it already shows: the outcome is the same.
+
+    What it was given is remembered by its place in the file. A sink with a text attribute `target`, a file's name that
+    tells where it shows results, has it remembered by that: a new place is then given everything."""
 
     def publish(self, result: Result) -> None:
         """Take one ok result, durably. Raises AutoEvalError (or OSError) when it could not; it is then called again."""

@@ -19,7 +19,7 @@ from autoeval_hooks.errors import AutoEvalError, CheckpointError, ConfigError
 from autoeval_hooks.queue import Queue, Token
 from autoeval_hooks.relay_files import Announcement, Ended
 from autoeval_hooks.run_identity import RunIdentity
-from eval_runner import breaker, explain
+from eval_runner import breaker, explain, registry
 from eval_runner import config as configs
 from eval_runner.cli import cli
 from eval_runner.evaluators.base import Job
@@ -303,7 +303,33 @@ def test_a_result_without_a_wandb_run(
     config_file.write_text(config_file.read_text().replace("sinks: []", "sinks: [{type: wandb}]"))
     submit(checkpoint(100), step=100, config=config_file)
     run(StandIn())
-    assert "training has no W&B run" in only(tell(100)).outcome
+    assert "no W&B run shows it, since training has none" in only(tell(100)).outcome
+
+
+def test_a_result_that_waits_for_another_sink(
+    tmp_path: Path, checkpoint: MakeCheckpoint, config_file: Path, run: Run, tell: Tell
+) -> None:
+    """Which it is and why; that there is no W&B run is no reason."""
+    sinks = "sinks: [{type: wandb}, {type: tensorboard, log_dir: tb}, {type: trackio, dir: t}]"
+    config_file.write_text(config_file.read_text().replace("sinks: []", sinks))
+    submit(checkpoint(100), step=100, config=config_file)
+    run(StandIn())
+    ((result,), _) = store.done(tmp_path / "queue")
+    _, board, trackio = registry.build_sinks(configs.load(config_file))
+    assert only(tell(100)).outcome == (
+        "evaluated; no W&B run shows it, since training has none; "
+        f"it is not given to sink {board.target} yet; it is not given to sink {trackio.target} yet"
+    )
+    for sink in (board, trackio):
+        sink.publish(result)
+        (mark := tmp_path / "queue" / "published" / sink.target).mkdir(parents=True)
+        (mark / store.path_of(tmp_path / "queue", result).name).touch()
+    board.spool.say("no space is left")
+    trackio.spool.remove(*trackio.spool.names())
+    assert only(tell(100)).outcome == (
+        "evaluated; no W&B run shows it, since training has none; "
+        f"it waits for TensorBoard's {tmp_path}/tb: no space is left; shown in trackio in {tmp_path}/t"
+    )
 
 
 # ---------------------------------------------------------------------- without a ticket

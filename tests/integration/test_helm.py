@@ -298,6 +298,7 @@ with Progress() as progress:
 """
 
 
+@pytest.mark.slow
 def test_a_killed_runner_keeps_the_runs_that_helm_finished(python_env: str | None, base: Path) -> None:
     """Against the same checkpoint evaluated without a break: every score and every instance the same."""
     suite = {"type": "helm", "env": python_env, "data_dir": "helm-data", "max_instances": 40, "entries": ENTRIES[::2]}

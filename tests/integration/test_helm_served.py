@@ -127,6 +127,7 @@ def test_a_served_checkpoint_is_scored(evaluator: Callable[..., HelmEvaluator], 
         ("refuses", (200, '"top_k must be an integer"'), ConfigError, "says: top_k must be an integer"),
     ],
 )
+@pytest.mark.slow
 def test_why_a_server_could_not_be_used(
     evaluator: Callable[..., HelmEvaluator], base: Path, name: str, answer: Any, kind: type[AutoEvalError], message: str
 ) -> None:

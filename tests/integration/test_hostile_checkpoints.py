@@ -212,6 +212,7 @@ def helm_python() -> Path:
 
 
 @pytest.mark.helm
+@pytest.mark.slow
 def test_the_client_inside_helm_runs_nothing_by_itself(tmp_path: Path, helm_python: Path) -> None:
     """Without the guard before it: HELM's own process, given such checkpoints."""
     makers = {"code": with_code, "tokenizer": with_tokenizer_code, "pickle": pickled, "index": behind_an_index,
@@ -238,6 +239,7 @@ def test_the_client_inside_helm_runs_nothing_by_itself(tmp_path: Path, helm_pyth
 
 
 @pytest.mark.helm
+@pytest.mark.slow
 def test_code_runs_where_the_configuration_allows_it(tmp_path: Path, helm_python: Path) -> None:
     (tmp_path / "text.txt").write_text("one two three " * 20)
     config = tmp_path / "autoeval.yaml"

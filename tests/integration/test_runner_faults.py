@@ -140,7 +140,7 @@ def test_a_heartbeat_that_fails_ends_the_evaluation_before_others_may_start(
     submit(checkpoint(100), step=100, config=config_file)
     beats = iter(range(2))
 
-    def beat(self: Queue, fd: int, count: int) -> None:
+    def beat(self: Queue, fd: int, count: int, note: bytes = b"") -> None:
         if next(beats, None) is None:
             raise OSError(116, "Stale file handle")
 
@@ -383,10 +383,10 @@ def test_a_gap_in_the_heartbeat_is_not_forgotten(tmp_path: Path, monkeypatch: py
     hang = threading.Event()
     beat = Queue.beat
 
-    def slow(self: Queue, fd: int, count: int) -> None:
+    def slow(self: Queue, fd: int, count: int, note: bytes = b"") -> None:
         if count == 2:
             hang.wait(1.2)
-        beat(self, fd, count)
+        beat(self, fd, count, note)
 
     monkeypatch.setattr(Queue, "beat", slow)
     with Lease(queue, 1.0) as lease:

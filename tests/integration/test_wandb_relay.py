@@ -88,6 +88,7 @@ def test_disabled_mode_has_no_relay(tmp_path: Path) -> None:
     assert not (tmp_path / "q").exists()
 
 
+@pytest.mark.slow
 def test_hugging_face_trainer(tmp_path: Path) -> None:
     """Bit-identical weights, the same training rows, and every score once, against the Trainer's own W&B callback."""
     printed, found = {}, {}

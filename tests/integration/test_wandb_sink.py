@@ -86,6 +86,7 @@ def wandb_processes() -> list[str]:
     return [line for line in found.splitlines() if "wandb-core" in line or "wandb_writer" in line]
 
 
+@pytest.mark.slow
 def test_killed_training_online(tmp_path: Path, service: Backend, make_sink: MakeSink) -> None:
     """Three points that the killed process could not deliver: one in its open row, one in memory, one that comes late.
     One more that it did deliver, less than the grace time ago. All are there once, and all else is as it was."""
@@ -174,6 +175,7 @@ def test_killed_training_offline_and_sync(tmp_path: Path, service: Backend, make
     assert _axes(run.config["_wandb"]["value"]["m"])["*"] == "train/global_step"
 
 
+@pytest.mark.slow
 def test_by_step_run_keeps_its_next_step_free(tmp_path: Path, service: Backend, make_sink: MakeSink) -> None:
     """Stopped at 10 of 20, resumed, complete: points of the first half wait for the second, or go beside the run."""
     env = environment(tmp_path / "t", "online", service.url)
@@ -202,6 +204,7 @@ def test_by_step_run_keeps_its_next_step_free(tmp_path: Path, service: Backend, 
     assert service.run("p", "r1").overwritten == 0
 
 
+@pytest.mark.slow
 def test_without_the_guard_a_resumed_by_step_run_loses_rows(
     tmp_path: Path, service: Backend, make_sink: MakeSink
 ) -> None:
@@ -219,6 +222,7 @@ def test_without_the_guard_a_resumed_by_step_run_loses_rows(
     assert not (tmp_path / "q" / "relay" / ours(service).key / "closed").exists()  # it is not over, as it turned out
 
 
+@pytest.mark.slow
 def test_a_service_that_hangs_or_loses_rows(
     tmp_path: Path, service: Backend, make_sink: MakeSink, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -293,6 +297,7 @@ def test_two_runners_and_one_that_died(tmp_path: Path, service: Backend, make_si
     assert os.listdir(directory / "points") == []
 
 
+@pytest.mark.slow
 def test_a_row_that_shows_late_is_not_logged_again_by_the_other_runner(
     tmp_path: Path, service: Backend, make_sink: MakeSink, monkeypatch: pytest.MonkeyPatch
 ) -> None:

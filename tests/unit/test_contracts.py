@@ -25,6 +25,8 @@ from eval_runner.servers import base as servers
 from eval_runner.sinks import base as sinks
 
 ODD = {"no_such_setting": 1}
+SINKS = {"mlflow": {"tracking_uri": "http://127.0.0.1:9"}}
+"""What a sink cannot do without."""
 
 
 def load(tmp_path: Path, evaluator: dict[str, object], sink: dict[str, object]) -> configs.Config:
@@ -70,10 +72,22 @@ def test_a_sink_refuses_what_it_does_not_know(tmp_path: Path, name: str) -> None
 
 @pytest.mark.parametrize("name", registry.names("sinks"))
 def test_a_sink_with_nothing_to_show_waits_for_nothing(tmp_path: Path, name: str) -> None:
-    config = load(tmp_path, {"type": "helm"}, {"type": name})
+    config = load(tmp_path, {"type": "helm"}, {"type": name, **SINKS.get(name, {})})
     (sink,) = registry.build_sinks(config)
     assert sink.flush()
     assert sink.compare([], repair=True) == []
+
+
+def test_every_sink_of_ours_is_looked_at() -> None:
+    assert {"wandb", "mlflow", "trackio", "tensorboard"} <= set(registry.names("sinks"))
+
+
+@pytest.mark.parametrize("name", registry.names("sinks"))
+def test_a_sink_is_light_to_load(name: str) -> None:
+    """What loads the tracker's client runs in a child, which can be ended."""
+    code = f"import sys; from eval_runner.registry import get; get('sinks', {name!r}, ''); print(*sys.modules)"
+    out = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert not {module.split(".")[0] for module in out.split()} & {"wandb", "mlflow", "trackio", "tensorboard", "numpy"}
 
 
 def load_server(tmp_path: Path, server: dict[str, object]) -> configs.Config:

@@ -14,6 +14,10 @@ import pytest
 from autoeval_hooks.errors import AutoEvalError, ConfigError
 from eval_runner import environments
 
+INSTEAD = (
+    r"remove the key `env` \(in an older file: `helm_env_name`\) and run `autoeval-runner env create helm`, to use "
+    "autoeval's own"
+)
 LOCK = f"# nothing but pip\npip=={ensurepip.version()}\n"
 
 
@@ -64,7 +68,7 @@ def test_default_root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 def test_a_missing_environment_names_the_remedy(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="autoeval-runner env create helm"):
         environments.find(None, "helm", tmp_path)
-    with pytest.raises(ConfigError, match=r"no such directory; run `autoeval-runner env create helm`"):
+    with pytest.raises(ConfigError, match=r"no such directory; name a virtual environment, or remove the key"):
         environments.find(str(tmp_path / "nowhere"), "helm", tmp_path)
     with pytest.raises(ConfigError, match="did you mean 'helm'"):
         environments.find(None, "hlem", tmp_path)
@@ -81,7 +85,7 @@ def test_a_missing_environment_names_the_remedy(tmp_path: Path) -> None:
 )
 def test_a_broken_environment_says_why(tmp_path: Path, script: str, reason: str) -> None:
     _python(tmp_path / "env", script)
-    with pytest.raises(ConfigError, match=reason):
+    with pytest.raises(ConfigError, match=rf"{reason}.*; {INSTEAD}"):
         environments.find(str(tmp_path / "env"), "helm", tmp_path)
     (tmp_path / "env" / "bin" / "python").unlink()
     with pytest.raises(ConfigError, match="does not start"):
@@ -96,7 +100,7 @@ def test_conda_environments(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     fits = "echo '\"0.5.16\"'"
     usual = _python(tmp_path / "miniconda3" / "envs" / "crfm-helm", fits)
     assert environments.find("conda:crfm-helm", "helm", tmp_path) == usual
-    with pytest.raises(ConfigError, match="conda:other: no conda environment of that name"):
+    with pytest.raises(ConfigError, match=f"conda:other: no conda environment of that name.*, or {INSTEAD}"):
         environments.find("conda:other", "helm", tmp_path)
     neighbour = _python(tmp_path / "elsewhere" / "envs" / "other", fits)
     monkeypatch.setenv("CONDA_PREFIX", str(tmp_path / "elsewhere" / "envs" / "training"))

@@ -16,8 +16,12 @@ from autoeval_hooks.config import load as hook_load
 from eval_runner import config as configs
 from eval_runner import registry
 from eval_runner.cli import cli
+from eval_runner.evaluators.command import CommandEvaluator
 from eval_runner.evaluators.gpt import GptEvaluator
 from eval_runner.evaluators.gpt import settings as gpt
+from eval_runner.evaluators.lm_eval import LmEvalEvaluator
+from eval_runner.evaluators.lm_eval import settings as lm_eval
+from eval_runner.recorder import settings as recorder
 from eval_runner.servers.external import ExternalServer
 from eval_runner.servers.megatron import MegatronServer, Settings
 from eval_runner.servers.programs import VllmServer
@@ -79,6 +83,41 @@ def test_and_of_the_servers(tmp_path: Path) -> None:
         path = tmp_path / "autoeval.yaml"
         path.write_text(json.dumps(yamlfile.parse_yaml(whole, "README") | yamlfile.parse_yaml(text, "README")))
         assert isinstance(registry.build_server(configs.load(str(path))), kind)
+
+
+def test_and_of_the_other_evaluators(tmp_path: Path) -> None:
+    (harness,), (program,) = yaml_of("lm-evaluation-harness"), yaml_of("A program of your own")
+    entries = yamlfile.parse_yaml("evaluators:\n" + harness, "README")
+    path = tmp_path / "autoeval.yaml"
+    path.write_text("queue: queue\n" + program)
+    (tmp_path / "eval.py").touch()
+    for name in ("data", "tasks"):
+        (tmp_path / name).mkdir()
+    config = configs.load(str(path))
+    (evaluator,) = registry.build_evaluators(config, config.suites["mine"])
+    assert isinstance(evaluator, CommandEvaluator)
+    path.write_text(json.dumps({"queue": "queue", "suites": {"arc": entries}}))
+    config = configs.load(str(path))
+    (evaluator,) = registry.build_evaluators(config, config.suites["arc"])
+    assert isinstance(evaluator, LmEvalEvaluator)
+    keys = {field.name for field in dataclasses.fields(lm_eval.Settings)}
+    assert keys - set(re.findall(r"\b([a-z_]+)\b", harness)) == set()
+
+
+def test_and_of_the_sinks(tmp_path: Path) -> None:
+    (whole,), (text,) = yaml_of("Configure"), yaml_of("MLflow, trackio, TensorBoard")
+    path = tmp_path / "autoeval.yaml"
+    path.write_text(json.dumps(yamlfile.parse_yaml(whole, "README") | yamlfile.parse_yaml(text, "README")))
+    assert len(registry.build_sinks(configs.load(str(path)))) == 4
+
+
+def test_and_of_the_recorder(tmp_path: Path) -> None:
+    for heading in ("Recording other results", "Leaderboard and compare"):
+        (text,) = yaml_of(heading)
+        path = tmp_path / "recorder.yaml"
+        path.write_text(text)
+        settings = recorder.load(path)
+        assert (settings.project, settings.leaderboard) == ("my-project", heading.startswith("Leaderboard"))
 
 
 def test_every_option_in_the_commands_table_exists() -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import json
-import os
 import sys
 import time
 from dataclasses import asdict, fields, replace
@@ -13,7 +12,7 @@ from typing import Any
 
 from autoeval_hooks.config import canonical
 from autoeval_hooks.errors import AutoEvalError, ConfigError
-from eval_runner import process
+from eval_runner import process, secrets
 from eval_runner.evaluators.base import Context, Job, Outcome
 from eval_runner.evaluators.gpt import anchors, files, prompts, settings, spec
 from eval_runner.evaluators.gpt.records import Answer, Reviewer
@@ -99,7 +98,9 @@ class GptEvaluator:
         for name, service in (("judge", self._settings.judge), ("baseline", self._settings.baseline)):
             for key in ("api_key_env", "organization_env"):
                 variable = getattr(service, key, None)
-                if variable and not os.environ.get(variable, "").strip():
+                if variable and (why := secrets.withheld(variable)):
+                    missing.append(why)
+                elif variable and not secrets.value(variable).strip():
                     shown = f"${variable}" if variable.isupper() else "the variable that it names"    # no key itself
                     remedy = ", or write null for a service that takes none" if key == "api_key_env" else ""
                     missing.append(f"{where}.{name}.{key}: {shown} is not set; export it{remedy}")
@@ -156,7 +157,8 @@ class GptEvaluator:
             if (told := spec.last_progress(progress)) is not None:
                 job.progress(first + (last - first) * told.fraction, f"GPT: {told.what}")
 
-        status = job.run([sys.executable, "-m", WORKER, phase, str(path)], env=None, on_tick=look)
+        env = secrets.environment([self._settings.judge.api_key_env, self._settings.judge.organization_env])
+        status = job.run([sys.executable, "-m", WORKER, phase, str(path)], env=env, on_tick=look)
         if error.exists() or status != 0:
             self._check_unchanged(task)
         if (failed := spec.error_of(error)) is not None:

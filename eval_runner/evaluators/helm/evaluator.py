@@ -13,7 +13,8 @@ from autoeval_hooks.errors import AutoEvalError, CheckpointError, ConfigError
 from eval_runner import environments
 from eval_runner.evaluators.base import Context, Job, Outcome
 from eval_runner.evaluators.helm import deployment, plan, reason, scores
-from eval_runner.evaluators.helm.place import environment, share_data
+from eval_runner.evaluators.helm.kept import Place
+from eval_runner.evaluators.helm.place import environment, has_data, share_data
 from eval_runner.evaluators.helm.settings import Entry, Settings, parse
 from eval_runner.evaluators.written import clean, digest, located, prefixed
 from eval_runner.results.schema import Evaluation, Instance, Score
@@ -51,7 +52,7 @@ class HelmEvaluator:
         if not job.loadable:
             versions |= job.server_facts
             versions.pop("device", None)  # HELM's, on which nothing is computed
-        run = _Run(job, planned, deployment.model_name(job.name), versions, self._settings)
+        run = _Run(job, planned, deployment.model_name(job.name), versions, self._settings, self._place())
         if missing := run.missing():
             self._prepare(job, run, missing)
             status = job.run(self._command(python, run.model, planned, job), env=env, on_tick=run.look)
@@ -86,6 +87,11 @@ class HelmEvaluator:
         except ConfigError as error:
             raise ConfigError(prefixed(self._context, f"{self._context.where}.env: {error}")) from error
 
+    def _place(self) -> Place | None:
+        """Where HELM's own output is kept; None where it is not."""
+        s = self._settings
+        return Place(located(self._context.base_dir, s.output_path), s.output_suite or "") if s.output_path else None
+
     def _plan(self, python: Path) -> plan.Plan:
         """Asked once for each environment, and again once a file that the plan was made from has changed."""
         known = self._plans.get(python)
@@ -94,9 +100,13 @@ class HelmEvaluator:
         return known
 
     def _data_dir(self) -> Path:
-        """HELM's data sets: the user's own directory, else one that all suites share."""
-        if self._settings.data_dir:
-            return located(self._context.base_dir, self._settings.data_dir)
+        """HELM's data sets: the user's own directory, else that of a HELM which wrote to `output_path` and left its
+        data there, else one that all suites share."""
+        s, base = self._settings, self._context.base_dir
+        if s.data_dir:
+            return located(base, s.data_dir)
+        if s.output_path and has_data(output := located(base, s.output_path)):
+            return output
         return self._context.environments / "helm-data"
 
     def _command(self, python: Path, name: str, planned: plan.Plan, job: Job) -> list[str]:
@@ -113,7 +123,11 @@ class HelmEvaluator:
 class _Run:
     """The entries of one checkpoint, each from its own runs of HELM or from an earlier attempt."""
 
-    def __init__(self, job: Job, planned: plan.Plan, model: str, versions: dict[str, str], settings: Settings) -> None:
+    def __init__(
+        self, job: Job, planned: plan.Plan, model: str, versions: dict[str, str], settings: Settings,
+        place: Place | None,
+    ) -> None:  # fmt: skip
+        self._place = place
         self.planned = planned
         self.model = model
         self._job = job
@@ -189,6 +203,9 @@ class _Run:
         """Read the scores of an entry, and keep them for another attempt."""
         with contextlib.nullcontext() if tell else contextlib.suppress(AutoEvalError):
             found, values = self._read(i, dropped)
+            if self._place is not None:
+                for directory in _directories(self._runs, i):
+                    self._place.keep(directory, _mark(i), self.model, self._job.step)
             now = time.monotonic()
             part = Evaluation("helm", now - self._since, tuple(found), self._versions, self._provenance[i])
             self._since = now

@@ -36,6 +36,12 @@ def environment(python: Path, work: Path) -> tuple[dict[str, str], dict[str, str
     return env, {"nltk punkt_tab": "stand-in without abbreviations"}
 
 
+def has_data(output: Path) -> bool:
+    """Whether a HELM that wrote to `output` left data sets there: each in a directory of its own below `scenarios`."""
+    scenarios = output / "scenarios"
+    return scenarios.is_dir() and any(scenarios.iterdir())
+
+
 def share_data(output: Path, data_dir: Path) -> None:
     """Let `output`/scenarios, where HELM looks for its data and keeps it, be that of `data_dir`.
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from autoeval_hooks.errors import ConfigError
 from autoeval_hooks.strict import build
 from eval_runner.evaluators.base import Context
+from eval_runner.evaluators.helm.kept import NAME
 from eval_runner.evaluators.written import clean, located, prefixed, refused
 
 
@@ -24,7 +25,9 @@ class EntrySettings:
 
 @dataclass(frozen=True)
 class Settings:
-    """What the suite says. `max_instances` counts instances of each run, as `helm-run -m` does."""
+    """What the suite says. `max_instances` counts instances of each run, as `helm-run -m` does. HELM's own output is
+    kept in the suite `output_suite` below `output_path`, where that is given. `data_dir` holds `scenarios`, HELM's data
+    sets; by default `output_path` where an earlier HELM left some, else a directory that all suites share."""
 
     entries: tuple[EntrySettings, ...] = ()
     entries_file: str | None = None
@@ -37,6 +40,8 @@ class Settings:
     schema: str | None = None
     data_dir: str | None = None
     metrics: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    output_path: str | None = None
+    output_suite: str | None = None
 
 
 @dataclass(frozen=True)
@@ -70,6 +75,11 @@ def parse(data: dict[str, Any], context: Context) -> Settings:
                 errors.append(f"{context.where}.{key}: must be 1 or more")
         if bool(settings.entries) == bool(settings.entries_file):
             errors.append(f"{context.where}: give either `entries` or `entries_file`")
+        if bool(settings.output_path) != bool(settings.output_suite):
+            errors.append(f"{context.where}: `output_path` and `output_suite` (one for each training run) go together")
+        elif settings.output_suite and not NAME.fullmatch(settings.output_suite):
+            errors.append(f"{context.where}.output_suite: {settings.output_suite!r:.130} is a directory's name; use "
+                          "letters, digits, '.', '_' and '-', 120 at most")  # fmt: skip
     if errors or settings is None:
         raise refused(context, errors)
     return settings

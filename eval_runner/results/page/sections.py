@@ -49,15 +49,19 @@ def _facts(contents: Contents, table: Sequence[Row], runs: int) -> list[tuple[st
     """(what, value, detail)"""
     facts = []
     if ok := [r for r in contents.results if r.status == "ok"]:
-        lags, last = [r.lag_s for r in ok], max(ok, key=lambda r: r.finished_at)
+        timed, last = [r for r in ok if r.timed], max(ok, key=lambda r: r.finished_at)
         checkpoints = {(r.run.id, r.step, r.checkpoint_digest) for r in ok}
         facts = [
             ("Checkpoints evaluated", str(len(checkpoints)), f"up to step {max(r.step for r in ok):,}"),
             ("Benchmarks", str(len({row.key[:2] for row in table})), f"in {plural(runs, 'run')}"),
-            ("Save to scores", duration(averages.median(lags)), f"median; at most {duration(max(lags))}"),
-            ("Evaluation itself", duration(averages.median(r.eval_s for r in ok)), "median"),
-            ("Last result", *time(last.finished_at)),
         ]
+        if timed:
+            lags = [r.lag_s for r in timed]
+            facts += [
+                ("Save to scores", duration(averages.median(lags)), f"median; at most {duration(max(lags))}"),
+                ("Evaluation itself", duration(averages.median(r.eval_s for r in timed)), "median"),
+            ]
+        facts.append(("Last result", *time(last.finished_at)))
         if judges := {judge for r in ok for e in r.evaluations if (judge := e.versions.get("judge"))}:
             facts.append(("Judged by", ", ".join(sorted(judges)), "as it reports its own name"))
         facts += _usage([e.usage for r in ok for e in r.evaluations if e.usage])
