@@ -287,7 +287,7 @@ class Loop:
         a save, of which its files must tell. What has its ticket already is recognised by its id."""
         for name in sorted(os.listdir(self.output_dir)):
             found, path = self._names.fullmatch(name), os.path.join(self.output_dir, name)
-            written_ns = _written_ns(path) if found else None
+            written_ns = manifest.written_ns(path) if found else None
             if found is None or written_ns is None or written_ns < since_ns or path in self._handed_over:
                 continue
             step = int(found[1])
@@ -324,12 +324,3 @@ def _check_layout(path: str) -> None:
             f"{path}: no config.json, so it is no Hugging Face checkpoint (accelerate's save_state writes none); "
             "save it with the model's and the tokenizer's save_pretrained"
         )
-
-
-def _written_ns(path: str) -> int | None:
-    """When the newest of a checkpoint's model files was written; None where it has none, or is gone."""
-    try:
-        times = [os.stat(layouts.place(path, name)).st_mtime_ns for name in manifest.model_files(path)]
-    except (CheckpointError, *manifest.GONE):
-        return None
-    return max(times, default=None)

@@ -171,6 +171,15 @@ def model_files(directory: str) -> list[str]:
     return [n for n in names if _matches(n, MODEL) and _is_file(os.path.join(directory, n))]
 
 
+def written_ns(path: str) -> int | None:
+    """When the newest of a checkpoint's model files was written; None where it has none, or is gone."""
+    try:
+        times = [os.stat(layouts.place(path, name)).st_mtime_ns for name in model_files(path)]
+    except (CheckpointError, *GONE):
+        return None
+    return max(times, default=None)
+
+
 def _listed(directory: str) -> list[str]:
     try:
         return sorted(os.listdir(directory))

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from autoeval_hooks import layouts, manifest
 from autoeval_hooks.config import HookConfig
 from autoeval_hooks.delivery import Delivery, log
-from autoeval_hooks.errors import AutoEvalError, CheckpointError, IncompleteError
+from autoeval_hooks.errors import AutoEvalError, IncompleteError
 from autoeval_hooks.handover import (
     Handover,
     Save,
@@ -175,7 +175,7 @@ class Training:
         found = []
         for step, path in _iterations(self.facts.save_dir):
             wanted = first <= step <= self.facts.resumed_at and due(self.config, step)
-            written_ns = _written_ns(path) if wanted else None
+            written_ns = manifest.written_ns(path) if wanted else None
             if written_ns is not None and written_ns >= (self._known_since_ns or 0):
                 samples = self.facts.samples_at(step)
                 found.append(Save(path, step, self._run, written_ns / 1e9, samples, self._tokens(step, samples)))
@@ -210,12 +210,3 @@ def _iterations(save_dir: str) -> list[tuple[int, str]]:
     """(iteration, path) of the checkpoint directories, by iteration."""
     found = ((layouts.ITERATION.fullmatch(name), name) for name in os.listdir(save_dir))
     return sorted((int(m[1]), os.path.join(save_dir, name)) for m, name in found if m)
-
-
-def _written_ns(path: str) -> int | None:
-    """When the newest of a checkpoint's model files was written; None where it has none, or is gone."""
-    try:
-        times = [os.stat(layouts.place(path, name)).st_mtime_ns for name in manifest.model_files(path)]
-    except (CheckpointError, *manifest.GONE):
-        return None
-    return max(times, default=None)

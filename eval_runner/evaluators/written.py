@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from autoeval_hooks.errors import ConfigError
+from eval_runner import environments
 
 if TYPE_CHECKING:       # which imports servers
     from eval_runner.evaluators.base import Context
@@ -27,6 +28,17 @@ def refused(context: Context, errors: Iterable[str]) -> ConfigError:
 def located(base_dir: Path, written: str) -> Path:
     """The absolute path of what the settings write: relative to `base_dir`, `~` is the home directory."""
     return (base_dir / Path(written).expanduser()).absolute()
+
+
+def interpreter(context: Context, env: str | None, kind: str) -> Path:
+    """The Python of the environment that the key `env` names: a path, ``conda:NAME``, or None for the managed one. It
+    has what this `kind` of environment must have. Raises ConfigError."""
+    if env and not env.startswith("conda:"):
+        env = str(context.base_dir / Path(env).expanduser())
+    try:
+        return environments.find(env, kind, context.environments)
+    except ConfigError as error:
+        raise ConfigError(prefixed(context, f"{context.where}.env: {error}")) from error
 
 
 def clean(text: str) -> str:

@@ -8,15 +8,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from autoeval_hooks import manifest
 from autoeval_hooks.errors import AutoEvalError, CheckpointError, ConfigError
-from eval_runner import environments
 from eval_runner.evaluators.base import Context, Job, Outcome
 from eval_runner.evaluators.helm import deployment, plan, reason, scores
 from eval_runner.evaluators.helm.kept import Place
 from eval_runner.evaluators.helm.place import environment, has_data, share_data
 from eval_runner.evaluators.helm.settings import Entry, Settings, parse
-from eval_runner.evaluators.written import clean, digest, located, prefixed
+from eval_runner.evaluators.in_parts import InParts, tokenizer_content
+from eval_runner.evaluators.written import clean, digest, interpreter, located, prefixed
 from eval_runner.results.schema import Evaluation, Instance, Score
 
 SUITE = "autoeval"
@@ -38,13 +37,13 @@ class HelmEvaluator:
 
     def check(self) -> None:
         """Raise ConfigError unless the environment, the entries and the files that they name are there."""
-        self._plan(self._python())
+        self._plan(interpreter(self._context, self._settings.env, "helm"))
 
     def evaluate(self, job: Job) -> Outcome:
         """Run every entry that no earlier attempt finished; the scores are complete or there are none. See the
         protocol for what it raises. A server is started only where an entry is left to run."""
         self._check_served(job)
-        python = self._python()
+        python = interpreter(self._context, self._settings.env, "helm")
         job.progress(0.0, "asking HELM for the runs")
         planned = self._plan(python)
         env, versions = environment(python, job.work_dir)
@@ -53,12 +52,12 @@ class HelmEvaluator:
             versions |= job.server_facts
             versions.pop("device", None)  # HELM's, on which nothing is computed
         run = _Run(job, planned, deployment.model_name(job.name), versions, self._settings, self._place())
-        if missing := run.missing():
+        if missing := run.parts.missing():
             self._prepare(job, run, missing)
             status = job.run(self._command(python, run.model, planned, job), env=env, on_tick=run.look)
             run.finish(status, self._context.where)
         job.progress(1.0, "HELM: all scores read")
-        return run.outcome()
+        return run.parts.outcome("helm")
 
     def _prepare(self, job: Job, run: _Run, missing: list[int]) -> None:
         """Write what HELM is to read."""
@@ -77,15 +76,6 @@ class HelmEvaluator:
                 f"{job.path}: nothing says how many tokens its model takes, so that no text can be cut to fit; hand it "
                 "over from training, whose arguments tell its sequence length, or configure `convert`"
             )
-
-    def _python(self) -> Path:
-        env = self._settings.env
-        if env and not env.startswith("conda:"):
-            env = str(self._context.base_dir / Path(env).expanduser())
-        try:
-            return environments.find(env, "helm", self._context.environments)
-        except ConfigError as error:
-            raise ConfigError(prefixed(self._context, f"{self._context.where}.env: {error}")) from error
 
     def _place(self) -> Place | None:
         """Where HELM's own output is kept; None where it is not."""
@@ -138,43 +128,37 @@ class _Run:
         sources = {str(path): was for path, was in planned.sources.items()}
         data = {path: digest(path) for path in planned.files}
         self._provenance = [sources | {str(f): data[f] for f in one.entry.files} for one in planned.entries]
-        tokenizer = _content(job.tokenizer) if job.tokenizer != job.path else []    # the ticket tells the checkpoint's
+        tokenizer = tokenizer_content(job)
         asked = [settings.max_instances, settings.num_train_trials, settings.torch_dtype, job.trust_remote_code,
                  job.max_length]  # fmt: skip
-        self._keys = [
+        keys = [
             json.dumps([
                 one.entry.description, one.entry.benchmark, one.split, one.lower_is_better,   # by metric
                 asked, tokenizer, planned.plugins, versions, provenance,
             ])
             for one, provenance in zip(planned.entries, self._provenance, strict=True)
         ]  # fmt: skip
-        found = {i: job.finished.get(key) for i, key in enumerate(self._keys)}
-        self._done = {i: outcome for i, outcome in found.items() if outcome is not None}
-        self._earlier = len(self._done)
-
-    def missing(self) -> list[int]:
-        """The entries that have no scores so far, by their place."""
-        return [i for i in range(len(self._keys)) if i not in self._done]
+        self.parts = InParts(job, keys, "entries")
 
     def look(self) -> None:
         """Called while HELM works: keep what is finished, and show how far it is.
 
         HELM takes one entry after the other, and makes a run's directory when it begins.
         """
-        total = len(self._keys)
-        begun = [i for i in self.missing() if _directories(self._runs, i)]
+        total = len(self.parts)
+        begun = [i for i in self.parts.missing() if _directories(self._runs, i)]
         for i in begun[:-1]:
             if i not in self._tried:
                 self._tried.add(i)      # what cannot be read, or is no number, is told in the end
                 self._keep(i, {}, tell=False)
-        done = self._earlier + sum(1 for _ in self._runs.glob(f"*/{LAST}"))
+        done = self.parts.earlier + sum(1 for _ in self._runs.glob(f"*/{LAST}"))
         self._job.progress(0.05 + 0.9 * min(done / total, 1), f"HELM: {done} of {total} runs")
 
     def finish(self, status: int, where: str) -> None:
         """HELM has ended with `status`: read the rest. Raises the reason why it failed, and what `scores.read` does."""
         if status != 0:
             failed = []
-            for i in self.missing():
+            for i in self.parts.missing():
                 directories = _directories(self._runs, i)
                 if len(directories) == self.planned.entries[i].runs and all((d / LAST).exists() for d in directories):
                     self._keep(i, {}, tell=False)
@@ -183,24 +167,12 @@ class _Run:
             which = ", ".join(f"{e.where} ({e.description})" for e in failed[:3]) or where
             raise reason.failure(status, self._job.log, f"HELM failed at {which}")
         dropped = reason.dropped_nan(self._job.log)
-        for i in self.missing():
+        for i in self.parts.missing():
             self._keep(i, dropped, tell=True)
-
-    def outcome(self) -> Outcome:
-        """The scores of all entries, in their order."""
-        parts = [self._done[i] for i in range(len(self._keys))]
-        versions = dict(self._versions)
-        if self._earlier:
-            versions["autoeval resume"] = f"{self._earlier} of {len(parts)} entries are of an earlier attempt"
-        provenance = {path: was for each in self._provenance for path, was in each.items()}
-        seconds = sum(p.evaluation.seconds for p in parts)
-        all_scores = tuple(s for p in parts for s in p.evaluation.scores)
-        return Outcome(
-            Evaluation("helm", seconds, all_scores, versions, provenance), [i for p in parts for i in p.instances]
-        )
 
     def _keep(self, i: int, dropped: dict[str, set[str]], *, tell: bool) -> None:
         """Read the scores of an entry, and keep them for another attempt."""
+        outcome = None
         with contextlib.nullcontext() if tell else contextlib.suppress(AutoEvalError):
             found, values = self._read(i, dropped)
             if self._place is not None:
@@ -209,9 +181,9 @@ class _Run:
             now = time.monotonic()
             part = Evaluation("helm", now - self._since, tuple(found), self._versions, self._provenance[i])
             self._since = now
-            self._done[i] = Outcome(part, values)
-        if i in self._done:
-            self._job.finished.put(self._keys[i], self._done[i])
+            outcome = Outcome(part, values)
+        if outcome is not None:     # a checkpoint that was changed is told in any case
+            self.parts.put(i, outcome)
 
     def _read(self, i: int, dropped: dict[str, set[str]]) -> tuple[list[Score], list[Instance]]:
         one, directories = self.planned.entries[i], _directories(self._runs, i)
@@ -248,11 +220,6 @@ def _write_entries(path: Path, chosen: dict[int, Entry]) -> None:
         for i, e in chosen.items()
     ]
     path.write_text(json.dumps({"entries": entries}), encoding="utf-8")
-
-
-def _content(directory: Path) -> list[str]:
-    """Digests of the files that make a tokenizer, or a model, of a directory."""
-    return [manifest.record(str(directory), name).digest for name in manifest.model_files(str(directory))]
 
 
 def _mark(index: int) -> str:

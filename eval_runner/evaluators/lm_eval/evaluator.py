@@ -10,14 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from autoeval_hooks import manifest
 from autoeval_hooks.errors import AutoEvalError, CheckpointError, ConfigError
 from autoeval_hooks.strict import near
-from eval_runner import environments
 from eval_runner.evaluators.base import Context, Job, Outcome
+from eval_runner.evaluators.in_parts import InParts, tokenizer_content
 from eval_runner.evaluators.lm_eval import command, plan, reason, scores
 from eval_runner.evaluators.lm_eval.settings import Settings, parse
-from eval_runner.evaluators.written import clean, digest, prefixed
+from eval_runner.evaluators.written import clean, digest, interpreter, prefixed
 from eval_runner.results.schema import Evaluation
 
 LOOK_S = 1.0
@@ -37,7 +36,7 @@ class LmEvalEvaluator:
 
     def check(self) -> None:
         """Raise ConfigError unless the environment, the tasks and their local files are there."""
-        self._plan(self._python())
+        self._plan(interpreter(self._context, self._settings.env, "lm_eval"))
 
     def evaluate(self, job: Job) -> Outcome:
         """Run every task that no earlier attempt finished; the scores are complete or there are none. See the protocol
@@ -47,7 +46,7 @@ class LmEvalEvaluator:
         as it is done.
         """
         way = command.through(self._settings, self._context, job)
-        python = self._python()
+        python = interpreter(self._context, self._settings.env, "lm_eval")
         job.progress(0.0, "asking lm_eval for the tasks")
         planned = self._plan(python)
         versions = planned.versions | job.facts
@@ -55,7 +54,7 @@ class LmEvalEvaluator:
             versions |= job.server_facts
             versions.pop("device", None)        # lm_eval's, on which nothing is computed
         run = _Run(job, planned, versions, self._settings, way)
-        if missing := run.missing():
+        if missing := run.parts.missing():
             told, left = job.work_dir / "plan.json", job.work_dir / "failure.json"
             entries = [planned.entries[i] for i in missing]
             asked = command.plan(self._settings, self._context, job, way, entries)
@@ -67,16 +66,7 @@ class LmEvalEvaluator:
             status = job.run([str(python), str(program), str(told), str(left)], env=env, on_tick=run.look)
             run.finish(status, left, self._context.where)
         job.progress(1.0, "lm_eval: all scores read")
-        return run.outcome()
-
-    def _python(self) -> Path:
-        env = self._settings.env
-        if env and not env.startswith("conda:"):
-            env = str(self._context.base_dir / Path(env).expanduser())
-        try:
-            return environments.find(env, "lm_eval", self._context.environments)
-        except ConfigError as error:
-            raise ConfigError(prefixed(self._context, f"{self._context.where}.env: {error}")) from error
+        return run.parts.outcome("lm_eval")
 
     def _plan(self, python: Path) -> plan.Plan:
         """Asked once for each environment, and again once the definitions have changed."""
@@ -101,20 +91,14 @@ class _Run:
         source = {str(planned.include): planned.source} if planned.include else {}
         data = {str(file): digest(file) for entry in self._entries for file in entry.files}
         self._provenance = [source | {str(f): data[str(f)] for f in entry.files} for entry in self._entries]
-        tokenizer = _content(job.tokenizer) if job.tokenizer != job.path else []    # the ticket tells the checkpoint's
+        tokenizer = tokenizer_content(job)
         asked = {key: value for key, value in vars(settings).items() if key not in ("tasks", "env", "include_path")}
-        self._keys = [
+        keys = [
             json.dumps([entry.name, entry.tasks, asked, way, tokenizer, job.trust_remote_code, job.max_length, versions,
                         provenance])
             for entry, provenance in zip(self._entries, self._provenance, strict=True)
         ]  # fmt: skip
-        found = {i: job.finished.get(key) for i, key in enumerate(self._keys)}
-        self._done = {i: outcome for i, outcome in found.items() if outcome is not None}
-        self._earlier = len(self._done)
-
-    def missing(self) -> list[int]:
-        """The tasks that have no scores so far, by their place."""
-        return [i for i in range(len(self._keys)) if i not in self._done]
+        self.parts = InParts(job, keys, "tasks")
 
     def look(self) -> None:
         """Called while lm_eval works: keep what is finished, and show how far it is."""
@@ -122,7 +106,8 @@ class _Run:
             return
         self._looked = time.monotonic()
         self._keep_finished()
-        total, done = len(self._keys), len(self._done) + len(self._tried - self._done.keys())
+        total, missing = len(self.parts), set(self.parts.missing())
+        done = total - len(missing - self._tried)
         share = min((done + _percent(self._job.log)) / total, 1.0)
         self._job.progress(0.05 + 0.9 * share, f"lm_eval: {done} of {total} tasks")
 
@@ -131,24 +116,11 @@ class _Run:
         if status != 0:
             self._keep_finished()
             raise reason.failure(status, left, self._job.log, where)
-        for i in self.missing():
+        for i in self.parts.missing():
             self._keep(i)
 
-    def outcome(self) -> Outcome:
-        """The scores of all tasks, in their order."""
-        parts = [self._done[i] for i in range(len(self._keys))]
-        versions = {name: text for p in parts for name, text in p.evaluation.versions.items()}
-        if self._earlier:
-            versions["autoeval resume"] = f"{self._earlier} of {len(parts)} tasks are of an earlier attempt"
-        provenance = {path: was for each in self._provenance for path, was in each.items()}
-        seconds = sum(p.evaluation.seconds for p in parts)
-        found = tuple(s for p in parts for s in p.evaluation.scores)
-        return Outcome(
-            Evaluation("lm_eval", seconds, found, versions, provenance), [i for p in parts for i in p.instances]
-        )
-
     def _keep_finished(self) -> None:
-        for i in self.missing():
+        for i in self.parts.missing():
             if i not in self._tried and (command.output(self._job, self._entries[i]) / "done").exists():
                 self._tried.add(i)      # what is missing in it is told in the end
                 with contextlib.suppress(ConfigError, CheckpointError):
@@ -156,9 +128,7 @@ class _Run:
 
     def _keep(self, i: int) -> None:
         """Read the scores of a task, and keep them for another attempt."""
-        outcome = self._read(i)
-        self._done[i] = outcome
-        self._job.finished.put(self._keys[i], outcome)
+        self.parts.put(i, self._read(i))
 
     def _read(self, i: int) -> Outcome:
         entry, settings = self._entries[i], self._settings
@@ -201,8 +171,3 @@ def _percent(log: Path) -> float:
         if found := _PERCENT.findall(file.read()):
             return min(int(found[-1]), 99) / 100
     return 0.0
-
-
-def _content(directory: Path) -> list[str]:
-    """Digests of the files that make a tokenizer."""
-    return [manifest.record(str(directory), name).digest for name in manifest.model_files(str(directory))]
