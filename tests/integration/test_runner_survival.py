@@ -61,7 +61,7 @@ while True:
         break
 '''
 beat = Queue.beat
-def broken(self, fd, count):
+def broken(self, fd, count, note=b""):
     if os.path.exists(os.path.join(lives, "break")) and kind == "first":
         raise OSError(116, "Stale file handle")
     beat(self, fd, count)
