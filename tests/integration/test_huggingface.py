@@ -215,16 +215,17 @@ def test_a_hanging_file_system_costs_one_deadline_and_a_warning(
 ) -> None:
     for_ever = threading.Event()
     monkeypatch.setattr(pin, "make", lambda *a: for_ever.wait())
-    began = time.monotonic()
-    callback = AutoEvalCallback(config, hook={"deadline": 0.5})
-    trained = trainer(tmp_path / "out", callback, steps=20)
-    trained.train()
-    whole = time.monotonic() - began
-    for_ever.set()
     plain = trainer(tmp_path / "plain", steps=20)
     began = time.monotonic()
     plain.train()
-    assert whole - (time.monotonic() - began) < 0.5 + 0.5 + 3.0     # ten saves, and not ten deadlines
+    alone = time.monotonic() - began
+    callback = AutoEvalCallback(config, hook={"deadline": 2.0})
+    trained = trainer(tmp_path / "out", callback, steps=20)
+    began = time.monotonic()
+    trained.train()
+    whole = time.monotonic() - began
+    for_ever.set()
+    assert whole - alone < 2.0 + 2.0 + 8.0      # ten saves, and not ten deadlines
     assert weights_digest(trained) == weights_digest(plain)
     assert [r.getMessage() for r in caplog.records if "delivery is behind" in r.getMessage()]
 
