@@ -21,6 +21,9 @@ T = TypeVar("T")
 MAX_ERRORS = 100
 """After this many nothing more is looked at: eight megabytes can hold millions of misfits."""
 
+MAX_CONTAINERS = 500_000
+"""Lists and mappings of one text; to read millions takes seconds."""
+
 
 def near(name: str, known: Iterable[str]) -> str:
     """`", did you mean 'x'?"` for the known name nearest to `name`, or the list of all of them."""
@@ -65,6 +68,9 @@ def parse(cls: type[T], text: bytes, where: str, errors: list[str], *, max_bytes
     """`build` from JSON text in UTF-8; size, depth, repeated keys and non-finite numbers are checked first."""
     if len(text) > max_bytes:
         errors.append(f"{where}: {len(text)} bytes, the limit is {max_bytes}")
+        return None
+    if text.count(b"[") + text.count(b"{") > MAX_CONTAINERS:
+        errors.append(f"{where}: more than {MAX_CONTAINERS} lists and mappings")
         return None
     try:
         data = json.loads(text.decode(), object_pairs_hook=_unique_keys, parse_constant=_refuse_constant)
